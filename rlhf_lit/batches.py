@@ -1,0 +1,232 @@
+"""Typed batch records: the only thing `data` and `algorithms` share.
+
+Two conventions hold everywhere:
+
+* **Aligned to the token.** A per-token tensor (mask, log-prob, value, advantage) has the shape ``[rows, time]`` of the
+  tokens, and its entry ``t`` speaks about token ``t``: the log-prob of token ``t`` given the tokens before it, the
+  value of the state in which token ``t`` was chosen.
+* **Lengths, never pad ids.** Sequences are padded on the right with an arbitrary valid id; what is real is told by
+  ``lengths`` and ``mask``, made when a sequence is built. Nothing asks ``token == pad_id`` (with pad == eos that drops
+  the EOS action).
+
+A batch is what one optimizer step sees on this rank. ``micro_batches()`` cuts it into length-sorted pieces of at most
+``micro_batch_tokens`` padded tokens, which is how this machine carries the step out and changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+def cut_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
+    """Groups of rows, longest first, each of at most ``budget`` padded tokens (rows × longest row).
+
+    Args:
+        lengths: [rows] cost of each row in tokens.
+        budget: padded tokens per group; a single row longer than that forms a group of its own.
+
+    Returns:
+        Index tensors that partition ``range(rows)``.
+    """
+    if budget < 1:
+        raise ValueError(f"micro_batch_tokens must be at least 1, not {budget}")
+    order = torch.argsort(lengths, descending=True, stable=True)
+    groups: list[Tensor] = []
+    start = 0
+    sorted_lengths = lengths[order].tolist()
+    while start < len(sorted_lengths):
+        rows = max(1, budget // max(1, sorted_lengths[start]))
+        groups.append(order[start : start + rows])
+        start += rows
+    return groups
+
+
+class Record:
+    """A dataclass of tensors that knows how to move and to be cut by rows."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same record on another device (what Lightning's batch transfer calls)."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, f.name), Tensor | Record)
+        }
+        return replace(self, **moved)  # type: ignore[type-var]
+
+    def select(self, rows: Tensor) -> Self:
+        """The given rows, in the given order."""
+        chosen: dict[str, Any] = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Record):
+                chosen[f.name] = value.select(rows)
+            elif isinstance(value, Tensor):
+                chosen[f.name] = value[rows.to(value.device)]
+            elif isinstance(value, tuple):
+                chosen[f.name] = tuple(value[i] for i in rows.tolist())
+        return replace(self, **chosen)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Sequences(Record):
+    """Right-padded token sequences.
+
+    Attributes:
+        tokens: [rows, time] int64.
+        lengths: [rows] int64, real tokens of each row.
+        mask: [rows, time] bool, True on the tokens whose log-prob counts (supervised labels, response tokens). The
+            first token of a row is never one: nothing predicts it.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    mask: Tensor
+
+    @classmethod
+    def pad(cls, tokens: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> Sequences:
+        """Right-pad ragged rows; ``masks`` has the shape of ``tokens``."""
+        lengths = torch.tensor([len(row) for row in tokens], dtype=torch.int64)
+        width = int(lengths.max()) if len(tokens) else 0
+        padded = torch.zeros(len(tokens), width, dtype=torch.int64)
+        mask = torch.zeros(len(tokens), width, dtype=torch.bool)
+        for i, (row, row_mask) in enumerate(zip(tokens, masks, strict=True)):
+            padded[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            mask[i, : len(row)] = torch.tensor(row_mask, dtype=torch.bool)
+        return cls(padded, lengths, mask)
+
+    def select(self, rows: Tensor) -> Sequences:
+        """The given rows, trimmed to the longest of them."""
+        lengths = self.lengths[rows.to(self.lengths.device)]
+        width = int(lengths.max()) if len(rows) else 0
+        rows = rows.to(self.tokens.device)
+        return Sequences(self.tokens[rows, :width], lengths, self.mask[rows, :width])
+
+    def join(self, other: Sequences) -> Sequences:
+        """These rows, then the other's, padded to the wider of the two."""
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+
+        def widen(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, width - x.shape[1]))
+
+        return Sequences(
+            torch.cat([widen(self.tokens), widen(other.tokens)]),
+            torch.cat([self.lengths, other.lengths]),
+            torch.cat([widen(self.mask), widen(other.mask)]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class SupervisedBatch(Record):
+    """Demonstrations for one optimizer step."""
+
+    sequences: Sequences
+    micro_batch_tokens: int
+
+    def micro_batches(self) -> Iterator[SupervisedBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens."""
+        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(Record):
+    """Preference pairs for one optimizer step; both sides of a pair stay in one micro-batch.
+
+    Attributes:
+        chosen, rejected: prompt + response each, mask on the response.
+        margin: [pairs] how much better the chosen side was rated (0 where unknown).
+    """
+
+    chosen: Sequences
+    rejected: Sequences
+    margin: Tensor
+    micro_batch_tokens: int
+
+    def micro_batches(self) -> Iterator[PreferenceBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens, both sides counted."""
+        cost = 2 * torch.maximum(self.chosen.lengths, self.rejected.lengths)
+        for rows in cut_by_tokens(cost, self.micro_batch_tokens):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+@dataclass(frozen=True)
+class PromptBatch(Record):
+    """Prompts to be answered.
+
+    Attributes:
+        prompts: the prompt tokens; the mask is False everywhere.
+        index: [rows] int64, the prompt's number in its dataset: what sampling noise is keyed by.
+        sample: [rows] int64, 0 for the first answer to a prompt, 1 for the second, …
+        texts: the rendered prompts as text.
+        rows: the row each prompt came from, as the file had it (what a reward function may read).
+        micro_batch_tokens: padded tokens of a training micro-batch.
+    """
+
+    prompts: Sequences
+    index: Tensor
+    sample: Tensor
+    texts: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
+    micro_batch_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class ExperienceBatch(Record):
+    """A rollout, or a minibatch of one: prompts, their sampled responses, and what PPO knows about each action.
+
+    Attributes:
+        sequences: prompt + response, the mask on the response (EOS included, nothing after it).
+        old_logprobs: [rows, time] log-prob of each action under the policy that sampled it, from the training forward.
+        values: [rows, time] critic's value of the state in which each action was taken, at sampling time.
+        advantages, returns: [rows, time]; 0 off the mask.
+        micro_batch_tokens: padded tokens of a micro-batch.
+    """
+
+    sequences: Sequences
+    old_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    micro_batch_tokens: int
+
+    def select(self, rows: Tensor) -> ExperienceBatch:
+        """The given rows, every per-token tensor trimmed to the longest of them."""
+        sequences = self.sequences.select(rows)
+        width = sequences.tokens.shape[1]
+
+        def cut(x: Tensor) -> Tensor:
+            return x[rows.to(x.device), :width]
+
+        return ExperienceBatch(
+            sequences,
+            cut(self.old_logprobs),
+            cut(self.values),
+            cut(self.advantages),
+            cut(self.returns),
+            self.micro_batch_tokens,
+        )
+
+    def micro_batches(self) -> Iterator[ExperienceBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens."""
+        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.sequences)

@@ -1,0 +1,5 @@
+"""The one exception that means "the user can mend this": the command line prints its message and exits with status 2."""
+
+
+class UserError(ValueError):
+    """Bad input, in one line: the file, row or key, what is wrong with it, and what to do."""
