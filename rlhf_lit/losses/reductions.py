@@ -1,0 +1,42 @@
+"""Named reductions over real tokens. A loss returns per-token or per-pair values; these turn them into numbers.
+
+Sums are divided by denominators of the *whole optimizer batch on all ranks*, handed in by the caller, so that cutting
+a batch into micro-batches cannot change the result (transformers #34191).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Σ values over the mask; entries off the mask may be anything, NaN included. Scalar."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values`` over the mask; 0 for an empty mask. Scalar."""
+    return masked_sum(values, mask) / mask.sum().clamp(min=1)
+
+
+def row_sums(values: Tensor, mask: Tensor) -> Tensor:
+    """Σ over time of each row, over the mask. [rows, time] → [rows]."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum(-1)
+
+
+def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, sum and sum of squares over the mask, in float64: what ranks add up before a global mean or variance."""
+    real = values[mask].double()
+    return torch.tensor(float(real.numel()), dtype=torch.float64, device=values.device), real.sum(), real.square().sum()
+
+
+def whiten(values: Tensor, mask: Tensor, count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+    """(x − μ)/√(σ² + 1e-8) with the population variance, from (global) moments; 0 off the mask.
+
+    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (TRL's last PPO used the unbiased σ²).
+    """
+    mean = total / count.clamp(min=1)
+    variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+    whitened = (values - mean.to(values.dtype)) / torch.sqrt(variance + 1e-8).to(values.dtype)
+    return torch.where(mask, whitened, torch.zeros_like(values))
