@@ -1,0 +1,162 @@
+"""Raw rows from a hub data set or a local file, every value with the type its file gave it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_lit.errors import UserError
+
+EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".txt")
+
+
+@dataclass
+class Source:
+    """Where rows come from.
+
+    Args:
+        path: a data set's name on the hub, a folder that `datasets` can load, or a local .json, .jsonl, .csv, .parquet or
+            .txt file, which may be compressed (.gz). A .txt file has one row per non-empty line.
+        split: split of a hub data set, slices such as `train[:100]` allowed. A local file has only `train`.
+        name: configuration of a hub data set.
+        columns: our name for a column → the file's name, e.g. `{prompt: question, chosen: response_j}`.
+        limit: read usable rows until there are this many; all of them where it is null.
+    """
+
+    path: str
+    split: str = "train"
+    name: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+
+    @property
+    def label(self) -> str:
+        """How messages name it: the file's name, or the hub name with its split."""
+        return Path(self.path).name if is_local_file(self.path) else f"{self.path}[{self.split}]"
+
+
+def is_local_file(path: str) -> bool:
+    """Whether ``path`` means a local file (there or not) rather than a hub name or a folder."""
+    return Path(path).is_file() or path.removesuffix(".gz").endswith(EXTENSIONS)
+
+
+def read_rows(source: Source) -> list[Any]:
+    """All rows, as the file has them: a dict each, unless a JSON file holds something else in a row's place.
+
+    JSON is read by Python's parser, since a columnar reader refuses a whole file for one row of another type; CSV cells
+    stay text ("007" and "NA" too).
+
+    Raises:
+        UserError: no such file, an extension we cannot read, text that does not parse (with its line number), no row, a
+            hub data set that cannot be loaded, or a ``split`` or ``name`` given for a local file.
+    """
+    if not is_local_file(source.path):
+        return _read_hub(source)
+    path = Path(source.path).expanduser()
+    if not path.exists():
+        raise UserError(f"no such file: {source.path}")
+    if source.split != "train" or source.name is not None:
+        raise UserError(
+            f"{source.path} is a local file: it has no split '{source.split}' or configuration '{source.name}'; "
+            "use `limit` for its first rows"
+        )
+    readers: dict[str, Callable[[Path], list[Any]]] = {
+        ".json": _read_json,
+        ".jsonl": _read_json,
+        ".ndjson": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+        ".txt": lambda p: [{"text": line} for line in _text(p).splitlines() if line.strip()],
+    }
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in readers:
+        raise UserError(f"{source.path}: cannot read '{suffix}' files; known are {', '.join(readers)}, also with .gz")
+    rows = readers[suffix](path)
+    if not rows:
+        raise UserError(f"{source.path} has no rows")
+    return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return content.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} is not a whole gzip file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_json(path: Path) -> list[Any]:
+    """A list of objects, or JSON Lines, whatever the extension says."""
+    text = _text(path)
+    if text.lstrip().startswith("["):
+        try:
+            rows: list[Any] = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+        return rows
+    rows = []
+    # not splitlines(): it also splits at U+2028 and its like, which JSON allows inside a string
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: not valid JSON ({error.msg}); the file must be a list of objects, "
+                    "or one object per line"
+                ) from error
+    return rows
+
+
+def _read_csv(path: Path) -> list[Any]:
+    from datasets import Dataset
+
+    if not _text(path).strip():
+        return []
+    try:
+        data = Dataset.from_csv(str(path), dtype=str, keep_default_na=False, keep_in_memory=True)
+    except Exception as error:  # pandas and pyarrow raise many kinds, wrapped once more by datasets
+        raise UserError(f"{path} is not a readable CSV file: {_reason(error)}") from error
+    return data.to_list()  # type: ignore[no-any-return]
+
+
+def _read_parquet(path: Path) -> list[Any]:
+    import io
+
+    import pyarrow.parquet
+
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()  # type: ignore[no-any-return]
+    except (pyarrow.ArrowException, OSError, EOFError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {_reason(error)}") from error
+
+
+def _read_hub(source: Source) -> list[Any]:
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(source.path, source.name, split=source.split)
+    except Exception as error:  # the hub client, fsspec and datasets raise unrelated kinds
+        raise UserError(
+            f"cannot load '{source.path}' (split '{source.split}'): no such local file or folder, and as a hub data set: "
+            f"{_reason(error)}"
+        ) from error
+    if len(data) == 0:
+        raise UserError(f"{source.path}, split '{source.split}', has no rows")
+    return data.to_list()  # type: ignore[no-any-return]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

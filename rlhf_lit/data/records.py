@@ -1,0 +1,235 @@
+"""Validated records from raw rows: what a demonstration, a preference pair and a prompt are, whatever file they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from rlhf_lit.data import shapes
+from rlhf_lit.data.reading import Source, read_rows
+from rlhf_lit.data.shapes import BadRow, Message
+from rlhf_lit.errors import UserError
+
+__all__ = [
+    "Demonstration",
+    "Message",
+    "OnBadRow",
+    "Preference",
+    "Prompt",
+    "RowReport",
+    "Source",
+    "demonstrations",
+    "preferences",
+    "prompts",
+    "read_rows",
+]
+
+OnBadRow = Literal["skip", "error"]
+SHOWN_ROWS = 5
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A conversation to imitate.
+
+    Attributes:
+        messages: the turns; the last is the assistant's. Plain text without a prompt is one assistant turn.
+        row: number in its file, from 0.
+        source: the row as the file has it.
+    """
+
+    messages: tuple[Message, ...]
+    row: int
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt.
+
+    Attributes:
+        prompt: the turns before the answers.
+        chosen, rejected: the answers: one assistant turn each, or more where the file says so.
+        margin: how much better the chosen one was rated, 0 where the file does not say.
+        row: number in its file, from 0.
+        source: the row as the file has it.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    margin: float
+    row: int
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to be answered; ``row`` and ``source`` as in :class:`Demonstration`."""
+
+    prompt: tuple[Message, ...]
+    row: int
+    source: dict[str, Any]
+
+
+@dataclass
+class RowReport:
+    """What became of a file's rows.
+
+    Attributes:
+        file: how messages name the file.
+        total: rows looked at.
+        used: rows kept.
+        counts: skipped rows by reason.
+        first_rows: the first few row numbers of each reason.
+    """
+
+    file: str
+    total: int = 0
+    used: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    first_rows: dict[str, list[int]] = field(default_factory=dict)
+
+    def skip(self, reason: str, row: int) -> None:
+        """Count a row that is not used."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        shown = self.first_rows.setdefault(reason, [])
+        if len(shown) < SHOWN_ROWS:
+            shown.append(row)
+
+    def drop(self, reason: str, row: int) -> None:
+        """Count a row that had been kept, and falls out later (too long, no supervised token)."""
+        self.used -= 1
+        self.skip(reason, row)
+
+    def summary(self) -> str:
+        """One line, such as ``test.jsonl.gz: 2303 of 2312 rows used; skipped 4 empty chosen (rows 86, 516, …)``."""
+        line = f"{self.file}: {self.used} of {self.total} rows used"
+        reasons = []
+        for reason, count in self.counts.items():
+            shown = self.first_rows[reason]
+            numbers = ", ".join(map(str, shown)) + (", …" if count > len(shown) else "")
+            reasons.append(f"{count} {reason} ({'row' if count == 1 else 'rows'} {numbers})")
+        return line + (f"; skipped {', '.join(reasons)}" if reasons else "")
+
+
+def demonstrations(
+    rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow
+) -> tuple[list[Demonstration], RowReport]:
+    """Demonstrations from rows of any supervised shape; of a preference pair, the chosen side.
+
+    Raises:
+        UserError: no known shape, a bad row where ``on_bad_row`` is ``error``, or no usable row.
+    """
+
+    def fits(columns: Set[str]) -> bool:
+        return bool(
+            columns & {*shapes.CHAT_COLUMNS, "text"}
+            or (columns & {*shapes.PROMPT_COLUMNS} and columns & {*shapes.ANSWER_COLUMNS})
+            or columns >= {"chosen", "rejected"}
+        )
+
+    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Demonstration:
+        return Demonstration(shapes.demonstration(row, columns), number, raw)
+
+    known = (
+        "instruction (+ input) + output or response; prompt + completion; question + answer; messages; conversations; "
+        "text; chosen + rejected"
+    )
+    return _collect(rows, source, on_bad_row, fits, build, f"demonstrations ({known})")
+
+
+def preferences(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) -> tuple[list[Preference], RowReport]:
+    """Preference pairs from rows of any paired shape.
+
+    Raises:
+        UserError: no known shape, a bad row where ``on_bad_row`` is ``error``, or no usable row.
+    """
+
+    def fits(columns: Set[str]) -> bool:
+        return columns >= {"chosen", "rejected"}
+
+    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Preference:
+        return Preference(*shapes.preference(row, columns), shapes.margin(row, columns), number, raw)
+
+    known = (
+        "prompt, question, instruction (+ input), messages or conversations + chosen + rejected; "
+        "chosen + rejected as whole dialogues"
+    )
+    return _collect(rows, source, on_bad_row, fits, build, f"preference pairs ({known})")
+
+
+def prompts(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) -> tuple[list[Prompt], RowReport]:
+    """Prompts from rows of any shape, the answer dropped where there is one.
+
+    Raises:
+        UserError: no known shape, a bad row where ``on_bad_row`` is ``error``, or no usable row.
+    """
+
+    def fits(columns: Set[str]) -> bool:
+        return bool(columns & {*shapes.PROMPT_COLUMNS, *shapes.CHAT_COLUMNS, "chosen", "text"})
+
+    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Prompt:
+        return Prompt(shapes.prompt(row, columns), number, raw)
+
+    known = "prompt; question; instruction (+ input); messages; conversations; text; chosen as a whole dialogue"
+    return _collect(rows, source, on_bad_row, fits, build, f"prompts ({known})")
+
+
+def _collect(
+    rows: Sequence[Any],
+    source: Source,
+    on_bad_row: OnBadRow,
+    fits: Callable[[Set[str]], bool],
+    build: Callable[[shapes.Row, Set[str], int, dict[str, Any]], R],
+    wanted: str,
+) -> tuple[list[R], RowReport]:
+    if source.limit is not None and source.limit < 1:
+        raise UserError(f"{source.path}: limit must be at least 1, not {source.limit}")
+    found = {column for row in rows if isinstance(row, dict) for column in row}
+    _check_mapping(source, found)
+    columns = (found - set(source.columns.values())) | set(source.columns)
+    if not fits(columns):
+        raise UserError(
+            f"{source.path}: columns {', '.join(sorted(map(str, found))) or '(none)'} have no known shape of {wanted}; "
+            "name them in `columns`, e.g. {prompt: question}"
+        )
+    report = RowReport(source.label)
+    records: list[R] = []
+    for number, raw in enumerate(rows):
+        if source.limit is not None and len(records) == source.limit:
+            break
+        report.total += 1
+        try:
+            if not isinstance(raw, dict):
+                raise BadRow("not an object")
+            records.append(build(_renamed(raw, source.columns), columns, number, raw))
+        except BadRow as reason:
+            if on_bad_row == "error":
+                raise UserError(
+                    f"{source.path}, row {number}: {reason}; mend the row, or set on_bad_row to skip"
+                ) from reason
+            report.skip(str(reason), number)
+    report.used = len(records)
+    if not records:
+        raise UserError(f"no usable row in {source.path}: {report.summary()}")
+    return records, report
+
+
+def _check_mapping(source: Source, found: Set[str]) -> None:
+    for ours, theirs in source.columns.items():
+        if ours not in shapes.KNOWN_COLUMNS:
+            raise UserError(
+                f"{source.path}: columns names '{ours}', which is none of {', '.join(sorted(shapes.KNOWN_COLUMNS))}"
+            )
+        if theirs not in found:
+            raise UserError(
+                f"{source.path}: columns asks for '{theirs}', but the file has {', '.join(sorted(map(str, found)))}"
+            )
+
+
+def _renamed(raw: dict[str, Any], mapping: dict[str, str]) -> dict[str, Any]:
+    kept = {name: value for name, value in raw.items() if name not in mapping.values()}
+    return kept | {ours: raw.get(theirs) for ours, theirs in mapping.items()}

@@ -1,0 +1,65 @@
+"""Cutting what is too long: the prompt, never the answer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rlhf_lit.data.chat import Encoded
+
+Truncation = Literal["keep_start", "keep_end", "drop"]
+
+
+def truncate_prompt(
+    tokens: list[int], mask: list[bool], max_length: int, policy: Truncation, bos_token_id: int | None = None
+) -> tuple[list[int], list[bool]] | None:
+    """A sequence of at most ``max_length`` tokens, cut in what stands before its first supervised token.
+
+    Args:
+        tokens, mask: as in :class:`Encoded`; with no supervised token the whole is a prompt.
+        max_length: tokens that may remain.
+        policy: ``keep_start`` drops the prompt's last tokens, what opens the answer included; ``keep_end`` its first
+            ones, a leading BOS excepted; ``drop`` cuts nothing.
+        bos_token_id: tells ``keep_end`` what a leading BOS is.
+
+    Returns:
+        The cut sequence; None where it must be dropped: by policy, or since the answer and one token before it do not fit.
+    """
+    prompt_length = mask.index(True) if True in mask else len(tokens)
+    return _cut(tokens, mask, prompt_length, len(tokens) - max_length, policy, bos_token_id)
+
+
+def truncate_pair(
+    chosen: Encoded, rejected: Encoded, max_length: int, policy: Truncation, bos_token_id: int | None = None
+) -> tuple[Encoded, Encoded] | None:
+    """Both sides of a pair, the same prompt tokens cut from each, so that the longer has at most ``max_length``.
+
+    Only tokens that the two sides share before either answer may be cut; arguments and None as in
+    :func:`truncate_prompt`.
+    """
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(chosen.tokens, rejected.tokens, strict=False)) if a != b),
+        min(len(chosen.tokens), len(rejected.tokens)),
+    )
+    for side in (chosen, rejected):
+        shared = min(shared, side.mask.index(True) if True in side.mask else shared)
+    surplus = max(len(chosen.tokens), len(rejected.tokens)) - max_length
+    cut = [_cut(side.tokens, side.mask, shared, surplus, policy, bos_token_id) for side in (chosen, rejected)]
+    if cut[0] is None or cut[1] is None:
+        return None
+    return Encoded(*cut[0], chosen.boundary_moved), Encoded(*cut[1], rejected.boundary_moved)
+
+
+def _cut(
+    tokens: list[int], mask: list[bool], prompt_length: int, surplus: int, policy: Truncation, bos_token_id: int | None
+) -> tuple[list[int], list[bool]] | None:
+    """The sequence without ``surplus`` of its first ``prompt_length`` tokens, of which at least one must remain."""
+    if surplus <= 0:
+        return tokens, mask
+    if policy == "drop" or surplus >= prompt_length:
+        return None
+    if policy == "keep_start":
+        start = prompt_length - surplus
+    else:
+        start = 1 if bos_token_id is not None and tokens[0] == bos_token_id else 0
+    end = start + surplus
+    return tokens[:start] + tokens[end:], mask[:start] + mask[end:]
