@@ -1,7 +1,7 @@
 """The one room where text is rendered, tokenised once, and masked.
 
-Every format, the raw one included, is a Jinja chat template, so that training, rollouts and an exported tokenizer cannot
-disagree about it.
+Every format, the raw one included, is a Jinja chat template, so that training, rollouts and an exported tokenizer
+cannot disagree about it.
 """
 
 from __future__ import annotations
@@ -79,16 +79,14 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> None:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no EOS token, so a model could "
-                "not learn to stop: set eos_token in its tokenizer_config.json"
+                f"the tokenizer {name} has no EOS token, so a model could not learn to stop: "
+                "set eos_token in its tokenizer_config.json"
             )
         if template == "tokenizer" and not tokenizer.chat_template:
-            raise UserError(
-                f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no chat template: "
-                "set template to auto, plain or none"
-            )
+            raise UserError(f"the tokenizer {name} has no chat template: set template to auto, plain or none")
         if template == "none":
             tokenizer.chat_template = RAW
         elif template == "plain" or not tokenizer.chat_template:
@@ -189,8 +187,8 @@ class ChatFormat:
             mask[start:end] = [True] * (end - start)
         if spans and messages[-1].role == "assistant":
             start = spans[-1][0]
-            end = self._last_eos(tokens, start, len(tokens))
-            tokens = tokens[:end] if end is not None else [*tokens, self.tokenizer.eos_token_id]
+            stop = self._last_eos(tokens, start, len(tokens))
+            tokens = tokens[:stop] if stop is not None else [*tokens, self.tokenizer.eos_token_id]
             mask = mask[:start] + [True] * (len(tokens) - start)
         elif spans:
             start, end = spans[-1]
@@ -230,7 +228,7 @@ class ChatFormat:
             end = _common_prefix(through, tokens)
             moved |= start < len(before)
             if end < len(through) and self.tokenizer.eos_token_id in tokens[start:]:
-                # The template writes this turn differently once others follow (it drops the reasoning of earlier turns).
+                # The template writes this turn differently once others follow (it drops earlier turns' reasoning).
                 end = tokens.index(self.tokenizer.eos_token_id, start) + 1
             spans.append((start, max(start, end)))
         return tokens, spans, moved
@@ -246,7 +244,13 @@ class ChatFormat:
         for i in range(end - 1, start - 1, -1):
             if tokens[i] == self.tokenizer.eos_token_id:
                 tail = tokens[i + 1 : end]
-                return i + 1 if not tail or not self.tokenizer.decode(tail).strip() else None
+                if tail and self.tokenizer.decode(tail).strip():
+                    return None
+                while (
+                    i > start and tokens[i - 1] == tokens[i]
+                ):  # the text brought its own EOS, and the template another
+                    i -= 1
+                return i + 1
         return None
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +22,8 @@ class Source:
     """Where rows come from.
 
     Args:
-        path: a data set's name on the hub, a folder that `datasets` can load, or a local .json, .jsonl, .csv, .parquet or
-            .txt file, which may be compressed (.gz). A .txt file has one row per non-empty line.
+        path: a data set's name on the hub, a folder that `datasets` can load, or a local .json, .jsonl, .csv, .parquet
+            or .txt file, which may be compressed (.gz). A .txt file has one row per non-empty line.
         split: split of a hub data set, slices such as `train[:100]` allowed. A local file has only `train`.
         name: configuration of a hub data set.
         columns: our name for a column → the file's name, e.g. `{prompt: question, chosen: response_j}`.
@@ -85,7 +88,7 @@ def _text(path: Path) -> str:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return content.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
@@ -117,27 +120,30 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _read_csv(path: Path) -> list[Any]:
-    from datasets import Dataset
-
-    if not _text(path).strip():
-        return []
+    """Rows by the header's names. A short row has nulls; one with too many cells stays a list, which is no record."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131072 characters
+    table = csv.reader(io.StringIO(_text(path), newline=""))
     try:
-        data = Dataset.from_csv(str(path), dtype=str, keep_default_na=False, keep_in_memory=True)
-    except Exception as error:  # pandas and pyarrow raise many kinds, wrapped once more by datasets
-        raise UserError(f"{path} is not a readable CSV file: {_reason(error)}") from error
-    return data.to_list()  # type: ignore[no-any-return]
+        header = next(table, [])
+        cells = [row for row in table if row]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error})") from error
+    return [
+        {name: row[i] if i < len(row) else None for i, name in enumerate(header)} if len(row) <= len(header) else row
+        for row in cells
+    ]
 
 
 def _read_parquet(path: Path) -> list[Any]:
-    import io
-
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()  # type: ignore[no-any-return]
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
+        rows: list[Any] = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a readable Parquet file: {_reason(error)}") from error
+    return rows
 
 
 def _read_hub(source: Source) -> list[Any]:
@@ -147,12 +153,13 @@ def _read_hub(source: Source) -> list[Any]:
         data = load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the hub client, fsspec and datasets raise unrelated kinds
         raise UserError(
-            f"cannot load '{source.path}' (split '{source.split}'): no such local file or folder, and as a hub data set: "
+            f"cannot load '{source.path}' (split '{source.split}'): no such local file, and as a hub data set: "
             f"{_reason(error)}"
         ) from error
     if len(data) == 0:
         raise UserError(f"{source.path}, split '{source.split}', has no rows")
-    return data.to_list()  # type: ignore[no-any-return]
+    rows: list[Any] = data.to_list()
+    return rows
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Validated records from raw rows: what a demonstration, a preference pair and a prompt are, whatever file they came from."""
+"""Validated records from raw rows: demonstrations, preference pairs and prompts, whatever file they came from."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _collect(
         report.total += 1
         try:
             if not isinstance(raw, dict):
-                raise BadRow("not an object")
+                raise BadRow("malformed")
             records.append(build(_renamed(raw, source.columns), columns, number, raw))
         except BadRow as reason:
             if on_bad_row == "error":

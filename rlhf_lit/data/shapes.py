@@ -30,9 +30,8 @@ ROLES = {
 PROMPT_COLUMNS = ("instruction", "prompt", "question")
 ANSWER_COLUMNS = ("output", "response", "completion", "answer")
 CHAT_COLUMNS = ("messages", "conversations")
-KNOWN_COLUMNS = frozenset(
-    (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *CHAT_COLUMNS)
-    + ("input", "system", "text", "chosen", "rejected", "margin", "score_chosen", "score_rejected")
+KNOWN_COLUMNS = frozenset((*PROMPT_COLUMNS, *ANSWER_COLUMNS, *CHAT_COLUMNS, "input", "system", "text")) | frozenset(
+    ("chosen", "rejected", "margin", "score_chosen", "score_rejected")
 )
 # A turn begins at a marker after a blank line (or at the very start): "Human:" inside a turn is text.
 _HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
@@ -82,7 +81,7 @@ def optional_text(row: Row, column: str) -> str:
 
 
 def parse_dialogue(dialogue: str) -> Turns | None:
-    """The turns of ``"\\n\\nHuman: … \\n\\nAssistant: …"``, stripped; None for a text that does not begin with a turn."""
+    """The turns of ``"\\n\\nHuman: … \\n\\nAssistant: …"``, stripped; None for text that does not begin with a turn."""
     before, *parts = _HH_TURN.split(dialogue)
     if before.strip() or not parts:
         return None
@@ -99,7 +98,8 @@ def _message(value: Any, column: str) -> Message:
     content = value.get("content", value.get("value"))
     if isinstance(content, list):  # content parts, as multi-modal chats write them
         parts = [part.get("text", part.get("value")) if isinstance(part, Mapping) else None for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else parts
     if content is None:
         raise BadRow(f"null message in {column}")
     if not isinstance(content, str):

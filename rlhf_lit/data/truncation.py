@@ -22,7 +22,8 @@ def truncate_prompt(
         bos_token_id: tells ``keep_end`` what a leading BOS is.
 
     Returns:
-        The cut sequence; None where it must be dropped: by policy, or since the answer and one token before it do not fit.
+        The cut sequence; None where it must be dropped: by policy, or since the answer and one token before it do not
+        fit.
     """
     prompt_length = mask.index(True) if True in mask else len(tokens)
     return _cut(tokens, mask, prompt_length, len(tokens) - max_length, policy, bos_token_id)
