@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": the command line prints its message and exits with status 2."""
+"""The one exception that means "the user can mend this": the command line prints it and exits with status 2."""
 
 
 class UserError(ValueError):

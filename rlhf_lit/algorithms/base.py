@@ -1,0 +1,288 @@
+"""The one optimisation step that all algorithms share.
+
+A batch is what one optimizer step sees on this rank. ``training_step`` cuts it into length-sorted micro-batches, sums
+the losses over denominators of the whole batch on all ranks, and steps once: a Lightning step is an optimizer step,
+accumulation is exact by construction, and ``micro_batch_tokens`` changes no result beyond float rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, SupervisedBatch
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.loading import Base, load_tokenizer
+from rlhf_lit.randomness import derive_seed
+
+Batch = SupervisedBatch | PreferenceBatch | ExperienceBatch
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), in float32 or with 8-bit state through bitsandbytes.
+
+    Args:
+        name: adamw, adamw_8bit, or paged_adamw_8bit (state that moves to the host when the device is full).
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled decay per step, times the learning rate.
+        max_grad_norm: clip the gradient's global L2 norm to this; null only measures it.
+    """
+
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+    def build(self, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """The optimizer over trainable parameters."""
+        options = {"lr": learning_rate, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        if self.name == "adamw":
+            return torch.optim.AdamW(parameters, **options)  # type: ignore[arg-type]
+        import bitsandbytes
+
+        kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+        return getattr(bitsandbytes.optim, kinds[self.name])(parameters, **options)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over the steps of the run.
+
+    Args:
+        name: constant; or linear or cosine decay to 0 at the run's last step.
+        warmup: steps of linear rise from 0; below 1, a fraction of the run's steps.
+    """
+
+    name: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: float = 0.0
+
+    def build(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+        """The scheduler, stepped once per optimizer step."""
+        from transformers import get_scheduler
+
+        warmup = round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+        name = "constant_with_warmup" if self.name == "constant" else self.name
+        return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A micro-batch's share of the step: the shares of a batch, over all ranks, add up to the batch's own numbers.
+
+    Attributes:
+        loss: scalar with a gradient, already divided by the whole batch's denominator.
+        metrics: scalars without one, divided likewise.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Algorithm(LightningModule):
+    """What SFT, RewardModel, DPO and PPO have in common.
+
+    A subclass says what it needs (``build``), what a batch is counted in (``units``), and what a micro-batch
+    contributes (``shares``).
+
+    Args:
+        base: the model to start from.
+        learning_rate: peak learning rate.
+        optimizer: which optimizer.
+        schedule: learning rate over time.
+    """
+
+    # Metrics shown in the progress bar, beside loss and tokens per second.
+    progress_metrics: tuple[str, ...] = ()
+
+    def __init__(self, base: Base, learning_rate: float, optimizer: Optimizer, schedule: Schedule) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        # Checkpoints hold trainable weights only; the frozen base comes from `base` again.
+        self.strict_loading = False
+        self.base = base
+        self.learning_rate = learning_rate
+        self.optimizer_settings = optimizer
+        self.schedule_settings = schedule
+        self.averages = nn.ModuleDict()
+        self._built = False
+
+    # What a subclass says
+
+    def build(self) -> None:
+        """Load the models. Called once, before anything else."""
+        raise NotImplementedError
+
+    def modes(self) -> None:
+        """Set train or eval mode of the models for training."""
+        raise NotImplementedError
+
+    def units(self, batch: Any) -> dict[str, Tensor]:
+        """Denominators of the losses: how many tokens, or pairs, this rank's batch holds. Float scalars."""
+        raise NotImplementedError
+
+    def shares(self, batch: Any, units: dict[str, Tensor]) -> Iterator[Share]:
+        """The shares of one micro-batch; each is followed backwards before the next is asked for."""
+        raise NotImplementedError
+
+    @property
+    def weight_of(self) -> str:
+        """The unit by which validation averages over batches."""
+        raise NotImplementedError
+
+    def sample_completions(self) -> list[dict[str, Any]]:
+        """A few completions for people to read; none where the algorithm does not write."""
+        return []
+
+    # The step
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; data modules ask for it before the model is built."""
+        return load_tokenizer(self.base)
+
+    def configure_model(self) -> None:
+        """Build the models, once."""
+        if not self._built:
+            self.build()
+            self._built = True
+
+    def on_fit_start(self) -> None:
+        self.modes()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step over one batch."""
+        started = time.perf_counter()
+        torch.manual_seed(derive_seed("step", self.global_step, self.global_rank))
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        optimizer.zero_grad()
+        units = {name: self.sum_over_ranks(count) for name, count in self.units(batch).items()}
+        totals: dict[str, Tensor] = {}
+        with self._local_gradients():
+            for micro_batch in batch.micro_batches():
+                for share in self.shares(micro_batch, units):
+                    self.manual_backward(share.loss)
+                    _add(totals, {"loss": share.loss.detach(), **share.metrics})
+        norm = self._reduce_and_clip()
+        optimizer.step()
+        scheduler.step()
+        self.log_step({name: self.sum_over_ranks(total) for name, total in totals.items()}, norm)
+        tokens = float(self.tokens_in(batch))
+        self.log("train/tokens_per_s", tokens / (time.perf_counter() - started), prog_bar=True)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:
+        """Log a step's numbers; PPO has names of its own."""
+        for name, total in totals.items():
+            self.log(f"train/{name}", total, prog_bar=name == "loss" or name in self.progress_metrics)
+        self.log("train/grad_norm", grad_norm)
+
+    def tokens_in(self, batch: Batch) -> int:
+        """Real tokens this rank's batch holds, prompts included."""
+        sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.sequences,)
+        return sum(int(side.lengths.sum()) for side in sides)
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Σ over ranks of a scalar; itself on one rank, and outside a trainer."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return value
+        reduced = self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _local_gradients(self) -> AbstractContextManager[None]:
+        """No gradient synchronisation inside: ranks may hold different numbers of micro-batches."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return block() if self.trainer.world_size > 1 and block else nullcontext()
+
+    def _reduce_and_clip(self) -> Tensor:
+        """Add the ranks' gradients up (denominators are global already), clip, and return the norm before clipping."""
+        parameters = self.trainable_parameters()
+        if self.trainer.world_size > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+        limit = self.optimizer_settings.max_grad_norm
+        return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer steps."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        parameters = self.trainable_parameters()
+        if not parameters:
+            raise UserError(f"base.name: nothing of {self.base.name} is trainable")
+        optimizer = self.optimizer_settings.build(parameters, self.learning_rate)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule_settings.build(optimizer, steps)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trainable weights only: a LoRA run's checkpoint is megabytes."""
+        kept = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+
+    # Evaluation
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Losses and metrics on held-out rows."""
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """The same on the test rows."""
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: Any, stage: str) -> None:
+        """Average the batch's numbers into the stage's, weighted by what the batch is counted in."""
+        units = self.units(batch)
+        totals: dict[str, Tensor] = {}
+        for micro_batch in batch.micro_batches():
+            for share in self.shares(micro_batch, units):
+                _add(totals, {"loss": share.loss.detach(), **share.metrics})
+        self.log_averages(stage, totals, units[self.weight_of], batch_size=len(batch))
+
+    def log_averages(self, stage: str, values: dict[str, Tensor], weight: Tensor, batch_size: int) -> None:
+        """Log means over a whole evaluation, over all ranks."""
+        for name, value in values.items():
+            key = f"{stage}/{name}"
+            if key not in self.averages:
+                self.averages[key] = MeanMetric().to(self.device)
+            average = self.averages[key]
+            assert isinstance(average, MeanMetric)
+            average.update(value, weight)
+            shown = name == "loss" or name in self.progress_metrics
+            self.log(key, average, prog_bar=shown, batch_size=batch_size)
+
+    def average(self, key: str) -> Tensor:
+        """The mean of an evaluation so far, over all ranks."""
+        average = self.averages[key]
+        assert isinstance(average, MeanMetric)
+        return average.compute()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """One record per row of the batch."""
+        raise NotImplementedError
+
+
+def _add(totals: dict[str, Tensor], shares: dict[str, Tensor]) -> None:
+    for name, share in shares.items():
+        totals[name] = totals[name] + share if name in totals else share
+
+
+def require_no_dropout(base: Base, algorithm: str) -> None:
+    """PPO and DPO compare log-probs of the same tokens in different passes: dropout would make them differ."""
+    if base.lora and base.lora.dropout:
+        raise UserError(f"base.lora.dropout: {algorithm} runs without dropout; set it to 0")

@@ -1,0 +1,82 @@
+"""What the algorithms that write text share: answering prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf_lit.algorithms.base import Algorithm, Optimizer, Schedule
+from rlhf_lit.batches import PromptBatch
+from rlhf_lit.models.loading import Base, stop_ids
+from rlhf_lit.models.roles import Roles
+from rlhf_lit.randomness import derive_seed, row_keys
+from rlhf_lit.rollout.engine import Samples, Sampling, sample
+
+
+class WritingAlgorithm(Algorithm):
+    """An algorithm with a policy that answers prompts.
+
+    Args:
+        base, learning_rate, optimizer, schedule: see ``Algorithm``.
+        sampling: how responses are drawn.
+    """
+
+    def __init__(
+        self, base: Base, learning_rate: float, optimizer: Optimizer, schedule: Schedule, sampling: Sampling
+    ) -> None:
+        super().__init__(base, learning_rate, optimizer, schedule)
+        self.sampling = sampling
+        self.roles: Roles
+
+    def respond(self, prompts: PromptBatch, *stream: int) -> Samples:
+        """One response per row, drawn with noise keyed by (seed, stream, prompt index, sample).
+
+        Args:
+            prompts: what to answer.
+            stream: numbers that keep one round of sampling apart from another (the rollout).
+        """
+        keys = row_keys(derive_seed("sampling", *stream), prompts.index, prompts.sample)
+        with self.roles.acting("policy") as model:
+            return sample(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
+
+    def response_texts(self, samples: Samples) -> list[str]:
+        """The responses as text, without special tokens."""
+        sequences = samples.sequences
+        ids = [row[mask].tolist() for row, mask in zip(sequences.tokens.cpu(), sequences.mask.cpu(), strict=True)]
+        return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    def completions(self, prompts: PromptBatch) -> list[dict[str, Any]]:
+        """Prompts and responses as text, for files and people."""
+        return self.records_of(prompts, self.respond(prompts))
+
+    def records_of(self, prompts: PromptBatch, samples: Samples) -> list[dict[str, Any]]:
+        """Samples as text, one record per row."""
+        return [
+            {"prompt": prompt, "response": response, "tokens": int(tokens), "ended": bool(ended)}
+            for prompt, response, tokens, ended in zip(
+                prompts.texts,
+                self.response_texts(samples),
+                samples.sequences.mask.sum(-1),
+                samples.ended,
+                strict=True,
+            )
+        ]
+
+    def sample_completions(self) -> list[dict[str, Any]]:
+        """Completions of the data module's sample prompts."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        prompts = datamodule.sample_prompts() if datamodule is not None else None
+        if prompts is None:
+            return []
+        training = {name: module.training for name, module in self.named_modules()}
+        self.eval()
+        with torch.no_grad():
+            records = self.completions(prompts.to(self.device))
+        for name, module in self.named_modules():
+            module.training = training.get(name, module.training)
+        return records
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Completions of a batch of prompts."""
+        return self.completions(batch)

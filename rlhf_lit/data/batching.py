@@ -1,0 +1,189 @@
+"""Loaders whose order is a function of (seed, epoch) and whose state is a counter: a killed run resumes exactly.
+
+Both are *sized*: Lightning prefetches from unsized iterables, which would make every rollout one update stale. Neither
+is ever exhausted by Lightning, so the epoch rolls over before its last batch is handed out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf_lit.batches import ExperienceBatch, PromptBatch, Record, Sequences
+from rlhf_lit.randomness import permutation
+
+Example = TypeVar("Example")
+
+
+class BatchLoader:
+    """Batches of a data set, each rank its share of every batch.
+
+    Args:
+        examples: the whole data set.
+        batch_size: examples per batch over all ranks; the last batch of an epoch may be smaller.
+        collate: makes a batch record of a list of examples.
+        shuffle: a new order in each epoch, else the file's order.
+        rank, world: which share is this rank's.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        collate: Callable[[list[Example]], Record],
+        shuffle: bool,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.examples = examples
+        self.batch_size = batch_size
+        self.collate = collate
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        self.position = 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.examples) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Record]:
+        size = len(self.examples)
+        order = permutation(size, "shuffle", self.epoch) if self.shuffle else torch.arange(size)
+        for step in range(self.position, len(self)):
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+            last = step + 1 == len(self)
+            self.epoch, self.position = (self.epoch + 1, 0) if last else (self.epoch, step + 1)
+            yield self.collate([self.examples[i] for i in rows.tolist()])
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch comes from."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where the state was taken."""
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class Collect(Protocol):
+    """What turns prompts into experience: the running module."""
+
+    def __call__(self, prompts: PromptBatch, rollout: int) -> ExperienceBatch: ...
+
+
+class RolloutLoader:
+    """Prompts in, minibatches of experience out: the one place where PPO's loop closes.
+
+    When the buffer is spent, the next ``rollout_size`` prompts are answered by the present policy; the rollout is then
+    handed out in minibatches, each one optimizer step, for ``ppo_epochs`` passes in a fresh order.
+
+    Args:
+        prompts: the prompt data set.
+        collate: makes a prompt batch of [(prompt, stream index, sample number)].
+        collect: answers a prompt batch; called when a minibatch is asked for, never before.
+        rollout_size: prompts per rollout, over all ranks.
+        samples_per_prompt: responses to each.
+        minibatch_size: responses per optimizer step, over all ranks; divides rollout_size × samples_per_prompt.
+        ppo_epochs: passes over a rollout.
+        rank, world: which share is this rank's.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Any],
+        collate: Callable[[list[tuple[Any, int, int]]], PromptBatch],
+        collect: Collect,
+        rollout_size: int,
+        samples_per_prompt: int,
+        minibatch_size: int,
+        ppo_epochs: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.prompts = prompts
+        self.collate = collate
+        self.collect = collect
+        self.rollout_size = rollout_size
+        self.samples_per_prompt = samples_per_prompt
+        self.minibatch_size = minibatch_size
+        self.ppo_epochs = ppo_epochs
+        self.rank = rank
+        self.world = world
+        self.rollout = 0
+        self.step = 0
+        self.buffer: ExperienceBatch | None = None
+
+    @property
+    def episodes_per_rollout(self) -> int:
+        """Responses of one rollout, over all ranks."""
+        return self.rollout_size * self.samples_per_prompt
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps made on one rollout."""
+        return self.ppo_epochs * (self.episodes_per_rollout // self.minibatch_size)
+
+    def __len__(self) -> int:
+        """Optimizer steps of one pass over the prompts, rounded up to whole rollouts."""
+        return math.ceil(len(self.prompts) / self.rollout_size) * self.steps_per_rollout
+
+    def __iter__(self) -> Iterator[ExperienceBatch]:
+        for _ in range(len(self)):
+            yield self._next()
+
+    def _next(self) -> ExperienceBatch:
+        if self.buffer is None:
+            self.buffer = self.collect(self._prompts_of(self.rollout), self.rollout).to("cpu")
+        buffer = self.buffer
+        per_epoch = self.episodes_per_rollout // self.minibatch_size
+        epoch, minibatch = divmod(self.step, per_epoch)
+        # One order for all ranks over the whole rollout; each rank holds the rows that are its own.
+        order = permutation(self.episodes_per_rollout, "minibatches", self.rollout, epoch)
+        rows = order[minibatch * self.minibatch_size : (minibatch + 1) * self.minibatch_size]
+        own = rows[rows % self.world == self.rank] // self.world
+        self.step += 1
+        if self.step == self.steps_per_rollout:
+            self.rollout, self.step, self.buffer = self.rollout + 1, 0, None
+        return buffer.select(own)
+
+    def _prompts_of(self, rollout: int) -> PromptBatch:
+        """This rank's prompts of a rollout. Prompts are a stream of passes, each in an order of its own."""
+        episodes = range(self.rank, self.episodes_per_rollout, self.world)
+        orders: dict[int, Tensor] = {}
+        items = []
+        for episode in episodes:
+            index = rollout * self.rollout_size + episode // self.samples_per_prompt
+            epoch, position = divmod(index, len(self.prompts))
+            if epoch not in orders:
+                orders[epoch] = permutation(len(self.prompts), "shuffle", epoch)
+            prompt = self.prompts[int(orders[epoch][position])]
+            items.append((prompt, index, episode % self.samples_per_prompt))
+        return self.collate(items)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the experience that is not used up yet."""
+        return {
+            "rollout": self.rollout,
+            "step": self.step,
+            "buffer": None if self.buffer is None else _tensors(self.buffer),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state was taken."""
+        self.rollout, self.step = state["rollout"], state["step"]
+        buffer = state["buffer"]
+        if buffer is not None:
+            sequences = Sequences(**buffer["sequences"])
+            rest = {name: value for name, value in buffer.items() if name != "sequences"}
+            self.buffer = ExperienceBatch(sequences, **rest)
+
+
+def _tensors(record: Record) -> dict[str, Any]:
+    """A record as nested dicts of tensors and numbers, which load without unpickling code."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
+    return {name: _tensors(value) if isinstance(value, Record) else value for name, value in values.items()}

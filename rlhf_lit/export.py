@@ -1,0 +1,54 @@
+"""Saving a trained model so that plain transformers and peft load it: the one room for that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.reward_model import RewardModel
+from rlhf_lit.models.heads import reward_bias
+from rlhf_lit.models.loading import unwrapped
+
+
+def save_hf(module: Algorithm, folder: Path) -> None:
+    """Write the trained model and its tokenizer to ``folder``.
+
+    A policy is saved as a causal language model, a reward model as a sequence classifier with one label; with LoRA, the
+    adapter alone, which names its base. A reward model's folder also holds ``reward.json``: the constant that this
+    package adds to the classifier's logit (transformers' own ``score`` layer has none).
+    """
+    tokenizer = module.tokenizer
+    if isinstance(module, RewardModel):
+        inner = unwrapped(module.scorer)
+        # transformers finds the last token of a row by its pad id, which therefore must not be EOS.
+        pad = _pad_token(tokenizer)
+        tokenizer.pad_token = pad
+        inner.config.pad_token_id = tokenizer.convert_tokens_to_ids(pad)
+        _save(module.scorer, folder, "default")
+        (folder / "reward.json").write_text(
+            json.dumps({"bias": reward_bias(inner), "pad_token_id": inner.config.pad_token_id}) + "\n"
+        )
+    else:
+        policy: Any = module.roles.policy  # type: ignore[union-attr]
+        _save(policy, folder, "default")
+    tokenizer.save_pretrained(folder)
+
+
+def _save(model: Any, folder: Path, adapter: str) -> None:
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, selected_adapters=[adapter])
+    else:
+        model.save_pretrained(folder)
+
+
+def _pad_token(tokenizer: Any) -> str:
+    """A token to pad with that is not EOS."""
+    for name in ("pad_token", "unk_token", "bos_token"):
+        token = getattr(tokenizer, name)
+        if token is not None and token != tokenizer.eos_token:
+            return str(token)
+    return str(tokenizer.convert_ids_to_tokens(0))

@@ -1,0 +1,81 @@
+"""The score pass: policy and reference on the same tokens, with the exact KL between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_lit.batches import Sequences
+from rlhf_lit.losses.kl import exact_kl
+from rlhf_lit.models.logprobs import chunks, logits, predicting_states, scatter
+from rlhf_lit.models.roles import Roles
+
+
+@dataclass
+class Comparison:
+    """Per-token numbers in nats, [rows, time], 0 off the mask.
+
+    Attributes:
+        policy, reference: log-probs of the tokens under each.
+        exact_kl: Σ_v π(v)·(log π(v) − log π₀(v)) of the distribution each token was drawn from.
+        entropy: −Σ_v π(v)·log π(v) of the same.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    exact_kl: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def empty(cls, sequences: Sequences) -> Comparison:
+        """Zeros to be filled with ``put``."""
+        shape, device = sequences.tokens.shape, sequences.tokens.device
+        return cls(*(torch.zeros(shape, device=device) for _ in range(4)))
+
+    def put(self, rows: Tensor, part: Comparison) -> None:
+        """Fill the given rows with those of a narrower comparison."""
+        width = part.policy.shape[1]
+        for name in ("policy", "reference", "exact_kl", "entropy"):
+            getattr(self, name)[rows, :width] = getattr(part, name).to(getattr(self, name).dtype)
+
+    @property
+    def logratio(self) -> Tensor:
+        """l_t = log π(token_t) − log π₀(token_t)."""
+        return self.policy - self.reference
+
+
+@torch.no_grad()
+def compare_with_reference(roles: Roles, sequences: Sequences, temperature: float = 1.0) -> Comparison:
+    """Both models through the training forward, their logits side by side one chunk at a time.
+
+    Args:
+        roles: a policy with a reference.
+        sequences: rows, the mask on the tokens to be compared.
+        temperature: T, divides the logits of both.
+    """
+    with roles.acting("policy") as model:
+        policy_states, targets = predicting_states(model, sequences)
+    with roles.acting("reference") as model:
+        reference_states, _ = predicting_states(model, sequences)
+    columns: list[list[Tensor]] = [[], [], [], []]
+    for piece in chunks(roles.policy, len(targets)):
+        with roles.acting("policy") as model:
+            policy_logits = logits(model, policy_states[piece]) / temperature
+        with roles.acting("reference") as model:
+            reference_logits = logits(model, reference_states[piece]) / temperature
+        index = targets[piece][:, None]
+        # log softmax as logit − logsumexp, the very arithmetic of the update, so that the first ratio is exactly 1.
+        policy = policy_logits - policy_logits.logsumexp(-1, keepdim=True)
+        reference = reference_logits - reference_logits.logsumexp(-1, keepdim=True)
+        values = (
+            policy.gather(-1, index).squeeze(-1),
+            reference.gather(-1, index).squeeze(-1),
+            exact_kl(policy, reference),
+            -(policy.exp() * policy).sum(-1),
+        )
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    empty = policy_states.new_zeros(0, dtype=torch.float32)
+    return Comparison(*(scatter(torch.cat(column) if column else empty, sequences.mask) for column in columns))

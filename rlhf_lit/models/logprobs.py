@@ -1,0 +1,86 @@
+"""Hidden states → log-probs, with the LM head applied only where a log-prob is needed, in chunks.
+
+Every forward here is right-padded and passes no attention mask: causal order already hides the pads, and without a
+mask the fast causal kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlhf_lit.batches import Sequences
+from rlhf_lit.models.loading import unwrapped
+
+# Logits held at once: 2^24 floats are 64 MiB, 110 positions of a 150 000-token vocabulary.
+CHUNK_LOGITS = 2**24
+
+
+def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
+    """[rows, time] tokens → [rows, time, width] last hidden states, from the body without its head."""
+    inner = unwrapped(model)
+    body = getattr(inner, inner.base_model_prefix)
+    return body(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def logits(model: nn.Module, states: Tensor) -> Tensor:
+    """[..., width] hidden states → [..., vocabulary] logits, in the width of float32 or more."""
+    inner = unwrapped(model)
+    raw = inner.get_output_embeddings()(states)
+    config: Any = inner.config
+    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        raw = raw * scale
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        raw = raw / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
+        raw = cap * torch.tanh(raw / cap)
+    return raw
+
+
+def target_logprobs(model: nn.Module, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits/T) at the targets. [n, width], [n] → [n], in nats."""
+    scaled = logits(model, states) / temperature
+    return scaled.gather(-1, targets[:, None]).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def chunks(model: nn.Module, positions: int) -> Iterator[slice]:
+    """Slices of ``range(positions)`` whose logits fit ``CHUNK_LOGITS``."""
+    step = max(1, CHUNK_LOGITS // unwrapped(model).config.get_text_config().vocab_size)
+    for start in range(0, positions, step):
+        yield slice(start, min(start + step, positions))
+
+
+def predicting_states(model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict the masked tokens, and those tokens: [n, width], [n], row by row."""
+    predicted = sequences.mask[:, 1:]
+    states = hidden_states(model, sequences.tokens)[:, :-1][predicted]
+    return states, sequences.tokens[:, 1:][predicted]
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """[n] values of the masked tokens → [rows, time] aligned to them, 0 elsewhere."""
+    placed = torch.zeros(mask[:, 1:].shape, dtype=values.dtype, device=values.device)
+    return nn.functional.pad(placed.masked_scatter(mask[:, 1:], values), (1, 0))
+
+
+def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+    """log π(token_t | tokens before t)/T of the masked tokens. → [rows, time], 0 off the mask, in nats.
+
+    More than one chunk of logits is recomputed in the backward pass, so that they never stand in memory together.
+    """
+    states, targets = predicting_states(model, sequences)
+    pieces = list(chunks(model, len(targets)))
+    recompute = torch.is_grad_enabled() and len(pieces) > 1
+    logprobs = [
+        checkpoint(target_logprobs, model, states[piece], targets[piece], temperature, use_reentrant=False)
+        if recompute
+        else target_logprobs(model, states[piece], targets[piece], temperature)
+        for piece in pieces
+    ]
+    joined = torch.cat(logprobs) if logprobs else states.new_zeros(0, dtype=torch.float32)
+    return scatter(joined, sequences.mask)

@@ -1,0 +1,166 @@
+"""Roles: policy, reference and critic behind one interface, on one LoRA base or as separate models.
+
+``with roles.acting("reference") as model:`` gives the model that plays the role. With LoRA that is the policy's own
+base with another adapter (or none) in force; without, a model of its own. The algorithm's code does not know which.
+
+PEFT's own ``set_adapter`` and ``disable_adapter`` switch ``requires_grad`` of the other adapters off, so that a policy
+forward followed by a switch would leave the policy without a gradient. A role is therefore switched by the layers'
+active adapter alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.heads import reward_bias, scalar_head
+from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer, unwrapped
+
+Role = Literal["policy", "reference", "value"]
+
+
+class Roles(nn.Module):
+    """The models of one algorithm.
+
+    Args:
+        base: what the policy starts from.
+        reference: whether a frozen reference (the policy as it is now) is needed.
+    """
+
+    def __init__(self, base: Base, reference: bool = False) -> None:
+        super().__init__()
+        from peft import PeftModel
+
+        policy = load_causal_lm(base)
+        self.models = nn.ModuleDict({"policy": policy})
+        self.heads = nn.ModuleDict()
+        self.shared = isinstance(policy, PeftModel)
+        # The adapter that is in force for each role; None: all adapters off.
+        self._adapters: dict[str, str | None] = {"policy": "default"}
+        if reference:
+            self._add_reference()
+
+    @property
+    def policy(self) -> Any:
+        """The policy's model."""
+        return self.models["policy"]
+
+    def _add_reference(self) -> None:
+        if not self.shared:
+            self.models["reference"] = copy.deepcopy(self.policy).requires_grad_(False)
+        elif self._untouched("default"):
+            self._adapters["reference"] = None
+        else:
+            # The adapter was trained by an earlier stage: the reference is that stage's model, not the bare base.
+            self._copy_adapter("reference", trainable=False)
+
+    def add_critic(self, base: Base, init: Base | None, trunk: bool) -> None:
+        """The value role: a head on the policy's hidden states (``trunk``), or a body of its own.
+
+        Args:
+            base: the policy's base.
+            init: where a separate critic starts: a reward model, whose head it takes over; None: the policy's
+                weights and a new head.
+            trunk: share the policy's hidden states, and with them its gradients.
+        """
+        width = unwrapped(self.policy).config.get_text_config().hidden_size
+        head = scalar_head(width)
+        self.heads["value"] = head
+        if trunk:
+            self._adapters["value"] = self._adapters["policy"]
+            return
+        if self.shared:
+            self._copy_adapter("value", trainable=True)
+            if init is not None:
+                self._take_adapter("value", init.folder)
+            return
+        scorer: Any = load_scorer(init or base)
+        inner = unwrapped(scorer)
+        if init is not None:
+            head.weight.data.copy_(inner.score.weight.data)
+            head.bias.data.fill_(reward_bias(inner))
+        inner.score = nn.Identity()
+        if init is not None and scorer is not inner:
+            scorer = scorer.merge_and_unload()
+        self.models["value"] = scorer.requires_grad_(True)
+
+    @contextmanager
+    def acting(self, role: Role) -> Iterator[Any]:
+        """The model that plays a role, for the time of the block. The policy's role is in force outside of any.
+
+        A backward pass that recomputes activations (gradient checkpointing) must run inside the block of its forward.
+        """
+        if not self.shared or role not in self._adapters:
+            yield self.models[role if role in self.models else "policy"]
+            return
+        layers = self._tuner_layers()
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+        adapter = self._adapters[role]
+        for layer in layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        try:
+            yield self.policy
+        finally:
+            for layer, (active, disabled) in zip(layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def without_dropout(self) -> None:
+        """eval() everywhere, with gradient checkpointing still on (transformers ties it to training mode)."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = True
+
+    def _tuner_layers(self) -> list[Any]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return [module for module in self.policy.modules() if isinstance(module, BaseTunerLayer)]
+
+    def _untouched(self, adapter: str) -> bool:
+        """Whether an adapter still adds nothing (B = 0), so that adapters off is the same model."""
+        return all(not layer.lora_B[adapter].weight.any() for layer in self._tuner_layers() if adapter in layer.lora_B)
+
+    def _copy_adapter(self, name: str, trainable: bool) -> None:
+        """A new adapter with the policy's present weights, under its own name."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        weights = get_peft_model_state_dict(self.policy, adapter_name="default")
+        self.policy.add_adapter(name, copy.deepcopy(self.policy.peft_config["default"]))
+        set_peft_model_state_dict(self.policy, weights, adapter_name=name)
+        self._adapters[name] = name
+        # add_adapter leaves only one adapter trainable; say for each what it is.
+        for key, parameter in self.policy.named_parameters():
+            if "lora_" in key:
+                parameter.requires_grad_((f".{name}." in key and trainable) or ".default." in key or ".value." in key)
+
+    def _take_adapter(self, name: str, folder: str) -> None:
+        """Load the adapter and score head of a reward model trained with LoRA on the same base."""
+        from pathlib import Path
+
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise UserError(
+                f"critic.init: the policy trains LoRA adapters, but the reward model in {folder} is a full model; "
+                "train it with the same base.lora, or set critic.init: policy"
+            )
+        weights = load_peft_weights(folder, device="cpu")
+        score = [value for key, value in weights.items() if "score" in key]
+        body = {key: value for key, value in weights.items() if "score" not in key}
+        try:
+            set_peft_model_state_dict(self.policy, body, adapter_name=name)
+        except RuntimeError:
+            raise UserError(f"critic.init: the adapter in {folder} has another shape than the policy's") from None
+        head = self.heads["value"]
+        assert isinstance(head, nn.Linear)
+        head.weight.data.copy_(score[0].to(torch.float32))

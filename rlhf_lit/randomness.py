@@ -1,0 +1,65 @@
+"""Randomness as a function of (seed, step, purpose, row), never of history or of the rank.
+
+A resumed run therefore draws what the uninterrupted one draws, and sorting, batch size and the number of ranks cannot
+change what is sampled.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Purposes keep streams of the same (seed, step) apart.
+PURPOSES = {"step": 0, "shuffle": 1, "minibatches": 2, "sampling": 3, "validation": 4}
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def global_seed() -> int:
+    """The seed of the run, as `seed_everything` set it; 0 where nobody did."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def derive_seed(purpose: str, *numbers: int) -> int:
+    """A 63-bit seed from the run's seed, a purpose and any numbers (a step, an epoch, a rank)."""
+    state = np.random.SeedSequence((global_seed(), PURPOSES[purpose], *numbers)).generate_state(1, np.uint64)
+    return int(state[0] >> 1)
+
+
+def permutation(size: int, purpose: str, *numbers: int) -> Tensor:
+    """A random order of ``range(size)``, int64."""
+    return torch.from_numpy(np.random.default_rng(derive_seed(purpose, *numbers)).permutation(size))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's output function on int64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators"); right shifts are made logical by masking the sign's copies away."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def row_keys(seed: int, *columns: Tensor) -> Tensor:
+    """One int64 key per row from a seed and the row's own numbers (prompt index, sample). [rows] each → [rows]."""
+    key = torch.full_like(columns[0], seed)
+    for column in columns:
+        key = _mix(key + (column + 1) * _GOLDEN)
+    return key
+
+
+def gumbel_noise(keys: Tensor, position: int, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise of each row at one position of its response: −log(−log u). [rows] → [rows, vocabulary].
+
+    A counter-based generator (SplitMix64 over the token ids), so that a row's noise depends on its key alone, on any
+    device. argmax(logits/T + noise) is then a sample of softmax(logits/T) (the Gumbel-max trick).
+    """
+    stream = _mix(keys + (position + 1) * _GOLDEN)
+    counter = torch.arange(1, vocabulary + 1, device=keys.device, dtype=torch.int64)
+    bits = _mix(stream[:, None] + counter * _GOLDEN)
+    uniform = (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) / 2**53
+    return -torch.log(-torch.log(uniform)).float()

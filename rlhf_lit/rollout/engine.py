@@ -1,0 +1,151 @@
+"""Sampling responses: the one room where `.generate(` is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lit.batches import Sequences
+from rlhf_lit.models.loading import unwrapped
+from rlhf_lit.randomness import gumbel_noise
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn: y ~ softmax(logits/T), never filtered by top-k or top-p, so that the log-probs of the
+    sampler and of the update speak of the same distribution.
+
+    Args:
+        max_new_tokens: longest response, EOS included.
+        temperature: T, divides the logits here and wherever the policy's and the reference's log-probs are taken.
+        rows_at_once: sequences generated together. How this machine carries it out: changes no sample.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    rows_at_once: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not self.temperature > 0:
+            raise ValueError(f"sampling.temperature must be greater than 0, not {self.temperature}")
+        if self.rows_at_once < 1:
+            raise ValueError(f"sampling.rows_at_once must be at least 1, not {self.rows_at_once}")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the sampler returns.
+
+    Attributes:
+        sequences: prompt + response, right-padded, the mask on the response: up to and with its first stop token.
+        sampled_logprobs: [rows, time] the sampler's own log-probs of its actions, 0 off the mask.
+        ended: [rows] bool, whether the response ends in a stop token.
+    """
+
+    sequences: Sequences
+    sampled_logprobs: Tensor
+    ended: Tensor
+
+
+class _KeyedNoise:
+    """A logits processor: keyed Gumbel noise on logits/T, so that the argmax that follows is a sample.
+
+    ``keys`` None leaves the logits alone (greedy decoding). Keeps the log-prob of each choice.
+    """
+
+    def __init__(self, keys: Tensor | None, temperature: float, prompt_width: int) -> None:
+        self.keys = keys
+        self.temperature = temperature
+        self.prompt_width = prompt_width
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scaled = scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature
+        perturbed = scaled
+        if self.keys is not None:
+            perturbed = scaled + gumbel_noise(self.keys, input_ids.shape[1] - self.prompt_width, scores.shape[-1])
+        choice = perturbed.argmax(-1, keepdim=True)
+        self.logprobs.append((scaled.gather(-1, choice) - scaled.logsumexp(-1, keepdim=True)).squeeze(-1))
+        return perturbed
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequences,
+    keys: Tensor | None,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+) -> Samples:
+    """Draw one response to each prompt.
+
+    Args:
+        model: a causal language model, in eval mode.
+        prompts: [rows, time]; the prompts' tokens.
+        keys: [rows] the rows' noise keys (see ``randomness.row_keys``); None for greedy decoding.
+        sampling: length, temperature and how many rows go at once.
+        stop_ids: tokens that end a response.
+
+    Returns:
+        Samples in the order of the prompts.
+    """
+    order = torch.argsort(prompts.lengths, stable=True)
+    tokens: list[list[int]] = [[] for _ in range(len(prompts))]
+    masks: list[list[bool]] = [[] for _ in range(len(prompts))]
+    logprobs: list[Tensor] = [torch.empty(0)] * len(prompts)
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    for rows in order.split(sampling.rows_at_once):
+        part = prompts.select(rows)
+        new, part_logprobs = _generate(model, part, None if keys is None else keys[rows], sampling, stop_ids)
+        is_stop = torch.isin(new, torch.tensor(stop_ids, device=new.device))
+        has_stop = is_stop.any(-1)
+        # Cut after the first stop token, keeping it; what generate wrote after it is filler.
+        lengths = torch.where(has_stop, is_stop.int().argmax(-1) + 1, new.shape[1]).tolist()
+        for i, row in enumerate(rows.tolist()):
+            prompt = part.tokens[i, : int(part.lengths[i])].tolist()
+            tokens[row] = prompt + new[i, : lengths[i]].tolist()
+            masks[row] = [False] * len(prompt) + [True] * lengths[i]
+            logprobs[row] = part_logprobs[i, : lengths[i]]
+            ended[row] = has_stop[i]
+    device = prompts.tokens.device
+    sequences = Sequences.pad(tokens, masks).to(device)
+    sampled = torch.zeros(sequences.tokens.shape, device=device)
+    sampled[sequences.mask] = torch.cat(logprobs).to(device)
+    return Samples(sequences, sampled, ended.to(device))
+
+
+def _generate(
+    model: nn.Module, prompts: Sequences, keys: Tensor | None, sampling: Sampling, stop_ids: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """[rows, new] tokens and their log-probs, for prompts of similar length."""
+    from transformers import GenerationConfig
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    inner: Any = unwrapped(model)
+    width = prompts.tokens.shape[1]
+    # Left padding: each row's last prompt token must stand next to its first new one.
+    shift = width - prompts.lengths
+    index = torch.arange(width, device=shift.device)[None] - shift[:, None]
+    attention = index >= 0
+    left = torch.where(attention, prompts.tokens.gather(1, index.clamp(min=0)), 0)
+    noise = _KeyedNoise(keys, sampling.temperature, width)
+    own_config = inner.generation_config
+    # The model's own defaults (repetition penalties, top-k) would silently change the distribution.
+    inner.generation_config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
+    )
+    checkpointing = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer) and m.training]
+    for module in checkpointing:  # in training mode they would switch the key-value cache off
+        module.training = False
+    try:
+        with torch.no_grad():
+            output = inner.generate(left, attention_mask=attention.long(), logits_processor=[noise], use_cache=True)
+    finally:
+        inner.generation_config = own_config
+        for module in checkpointing:
+            module.training = True
+    return output[:, width:], torch.stack(noise.logprobs, dim=1)

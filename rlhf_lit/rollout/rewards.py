@@ -1,0 +1,133 @@
+"""Where a rollout's scores come from: a trained reward model, or any Python function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lit.batches import Sequences, cut_by_tokens
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.heads import reward_bias, sequence_scores
+from rlhf_lit.models.loading import Base, Dtype, load_scorer, load_tokenizer, unwrapped
+
+RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
+
+
+class RewardSource(nn.Module):
+    """Scores of whole responses."""
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Load what is needed, once, before the first rollout.
+
+        Args:
+            tokenizer: the policy's, whose tokens will be scored.
+        """
+
+    def critic_base(self) -> Base | None:
+        """Where a critic can start from; None where the source is no model."""
+        return None
+
+    def forward(
+        self,
+        sequences: Sequences,
+        prompts: list[str],
+        responses: list[str],
+        rows: list[dict[str, Any]],
+        budget: int,
+    ) -> Tensor:
+        """One score per row.
+
+        Args:
+            sequences: prompt + response, cut after the first stop token.
+            prompts, responses: the same as text, without special tokens in the response.
+            rows: the rows of the data file the prompts came from.
+            budget: padded tokens that may go through the device at once.
+
+        Returns:
+            [rows] float32 scores.
+        """
+        raise NotImplementedError
+
+
+class RewardFromModel(RewardSource):
+    """The score of a RewardModel run.
+
+    Args:
+        path: its run folder (`runs/<name>`, or one version of it), an `hf/` folder, or a hub name.
+        dtype: of the base weights.
+    """
+
+    def __init__(self, path: str, dtype: Dtype = "float32") -> None:
+        super().__init__()
+        self.base = Base(name=path, dtype=dtype)
+        self.model: nn.Module | None = None
+
+    def critic_base(self) -> Base:
+        return self.base
+
+    def prepare(self, tokenizer: Any) -> None:
+        if self.model is not None:
+            return
+        own = load_tokenizer(self.base)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"reward.path: the reward model in {self.base.name} has another vocabulary than the policy; "
+                "train it from the same base"
+            )
+        self.model = load_scorer(self.base).requires_grad_(False).eval()
+
+    def forward(
+        self,
+        sequences: Sequences,
+        prompts: list[str],
+        responses: list[str],
+        rows: list[dict[str, Any]],
+        budget: int,
+    ) -> Tensor:
+        assert self.model is not None, "prepare() comes first"
+        return score_sequences(self.model, sequences, budget)
+
+
+def score_sequences(model: nn.Module, sequences: Sequences, budget: int) -> Tensor:
+    """[rows] scores of a reward model, the constant it was centred by included."""
+    inner = unwrapped(model)
+    scores = torch.zeros(len(sequences), device=sequences.tokens.device)
+    with torch.no_grad():
+        for rows in cut_by_tokens(sequences.lengths, budget):
+            rows = rows.to(scores.device)
+            scores[rows] = sequence_scores(model, inner.score, sequences.select(rows)).to(scores.dtype)
+    return scores + reward_bias(inner)
+
+
+class RewardFromFunction(RewardSource):
+    """Any function `(prompts, responses, rows) -> scores`, named by its import path.
+
+    Args:
+        function: gets lists of prompt texts, response texts and data rows; returns one number for each.
+    """
+
+    def __init__(self, function: RewardFunction) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(
+        self,
+        sequences: Sequences,
+        prompts: list[str],
+        responses: list[str],
+        rows: list[dict[str, Any]],
+        budget: int,
+    ) -> Tensor:
+        name = getattr(self.function, "__qualname__", repr(self.function))
+        scores = self.function(prompts, responses, rows)
+        if len(scores) != len(responses):
+            raise UserError(f"reward.function: {name} returned {len(scores)} scores for {len(responses)} responses")
+        for i, score in enumerate(scores):
+            if not isinstance(score, int | float) or score != score:
+                raise UserError(
+                    f"reward.function: {name} returned {score!r} instead of a number for the response {responses[i]!r}"
+                )
+        return torch.tensor(scores, dtype=torch.float32, device=sequences.tokens.device)
