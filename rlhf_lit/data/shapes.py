@@ -224,6 +224,7 @@ def preference(row: Row, columns: Set[str]) -> tuple[Turns, Turns, Turns]:
     """
     if _has_prompt(columns) and not _is_dialogue(row.get("chosen")) and not _is_dialogue(row.get("rejected")):
         prompt = prompt_turns(row, columns)
+        _check_prompt(prompt)
         chosen, rejected = _turns(row, "chosen", "assistant"), _turns(row, "rejected", "assistant")
     else:
         whole = {side: _dialogue(row, side) for side in ("chosen", "rejected")}
@@ -232,12 +233,13 @@ def preference(row: Row, columns: Set[str]) -> tuple[Turns, Turns, Turns]:
         prompt, chosen, rejected = whole["chosen"][:-1], whole["chosen"][-1:], whole["rejected"][-1:]
         if prompt != whole["rejected"][:-1]:
             raise BadRow("prompts differ")
+        if not any(turn.role == "user" and turn.content.strip() for turn in prompt):
+            raise BadRow("empty prompt")
     for side, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[0].role != "assistant" or turns[-1].role != "assistant":
             raise BadRow("no final assistant turn")
         if any(not turn.content.strip() for turn in turns if turn.role == "assistant"):
             raise BadRow(f"empty {side}")
-    _check_prompt(prompt)
     if chosen == rejected:
         raise BadRow("chosen equals rejected")
     return prompt, chosen, rejected
