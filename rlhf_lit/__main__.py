@@ -1,0 +1,106 @@
+"""The front door: answers ``--help`` before anything heavy is imported, and turns errors into one line.
+
+Exit status: 0 done, 1 a bug (with its traceback), 2 something the user can mend (one line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("train a model: SFT, RewardModel, PPO or DPO", "rlhf_lit.cli:main"),
+    "validate": ("losses and accuracies on the validation rows", "rlhf_lit.cli:main"),
+    "test": ("the same on the test rows", "rlhf_lit.cli:main"),
+    "predict": ("completions, or a reward model's scores, to predictions.jsonl", "rlhf_lit.cli:main"),
+    "chat": ("talk to a model in the terminal", "rlhf_lit.chat:main"),
+    "playground": ("make preference pairs in the built-in world from a model's own samples", "rlhf_lit.pairs:main"),
+    "quickstart": (
+        "SFT, reward model, PPO and DPO in the built-in world, with a scoreboard",
+        "rlhf_lit.quickstart:main",
+    ),
+}
+"""name → (one line, where its ``main(argv) -> int`` lives)."""
+
+TRAINING = ("fit", "validate", "test", "predict")
+
+
+def usage() -> str:
+    """The text of bare ``--help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, (line, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rlhf-lit COMMAND [options]          (or: python -m rlhf_lit COMMAND [options])",
+            "",
+            *lines,
+            "",
+            "  rlhf-lit fit --config FILE [--config OVERLAY ...] [--key=value ...]",
+            "  rlhf-lit COMMAND --help shows the options of one command; --print_config a whole configuration",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status; ``argv`` without the program's name (default: ``sys.argv[1:]``)."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        return _complain(_unknown(name))
+    _quiet()
+    from rlhf_lit.errors import UserError
+
+    try:
+        return _load(COMMANDS[name][1])(arguments if name in TRAINING else arguments[1:])
+    except UserError as error:
+        return _complain(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:
+        # Lightning leaves with status 1 after an interrupt; argparse leaves with 0 (help) or 2 (its line is printed).
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _interrupted()
+        if isinstance(stop.code, str):
+            return _complain(stop.code)
+        return stop.code or 0
+
+
+def _load(place: str):  # type: ignore[no-untyped-def]
+    from importlib import import_module
+
+    module, function = place.split(":")
+    return getattr(import_module(module), function)
+
+
+def _unknown(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+    return f"no command {name!r}: {hint}"
+
+
+def _complain(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 130
+
+
+def _quiet() -> None:
+    """Keep libraries from talking while they are imported; what the user has set stays."""
+    import logging
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every forked data worker
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # "no CPU kernel", at import
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: a LightningCLI that ends bad input with one line, gives every run
+its own folder, and lets nothing override what the user set.
+
+How a run is carried out by default (progress bar, checkpoints, logs) is here; what it computes is in its config alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+import traceback
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from rlhf_lit import recording, runs, tracking
+from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.cli_errors import check_keys, condense, read_configs, read_options
+from rlhf_lit.data.modules import TextDataModule
+from rlhf_lit.errors import UserError
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "num_sanity_val_steps": 0,  # for PPO a sanity check would sample before the first step
+    "log_every_n_steps": 1,  # a Lightning step is an optimizer step here
+    "use_distributed_sampler": False,  # the data modules deal rows to ranks themselves
+    "inference_mode": False,  # tensors born in inference mode cannot enter a later backward
+    "enable_model_summary": False,
+}
+
+ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "gradient_clip_val": ((None,), "model.optimizer.max_grad_norm clips the gradient"),
+    "gradient_clip_algorithm": ((None,), "model.optimizer.max_grad_norm clips the gradient, by its norm"),
+    "accumulate_grad_batches": (
+        (1,),
+        "data.batch_size is what one optimizer step sees, and data.micro_batch_tokens how it is cut for the device",
+    ),
+    "default_root_dir": ((None,), "the run folder is <runs>/<name>/version_<n>: set runs and name"),
+}
+"""Trainer fields that another field of ours replaces: name → (values that say nothing, what to set instead)."""
+
+BAD_PRECISION = {
+    "bf16-true": "it would round the stored log-probs too; set model.base.dtype to bfloat16 and leave precision",
+    "16-true": "float16 weights do not train; set model.base.dtype to bfloat16 and leave precision",
+    "16-mixed": "gradients would be clipped before they are unscaled; use bf16-mixed",
+    "16": "gradients would be clipped before they are unscaled; use bf16-mixed",
+    "bf16": "say bf16-mixed",
+}
+
+NOISE = (
+    r"LightningCLI's args parameter is intended",  # the front door reads sys.argv once, for all commands
+    r"Using ModelCheckpoint with manual optimization",  # it advises to save the weights before the step; we want after
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run
+    r".*does not have many workers",
+    r"The number of training batches .* is smaller than the logging interval",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+class Parser(LightningArgumentParser):
+    """Ends in one line and status 2 where jsonargparse prints its usage and some sixty lines."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Nested parsers still raise: a union is resolved by trying its members and catching that."""
+        if not self.exit_on_error:
+            raise ArgumentError(None, message) from ex
+        sys.stderr.write(f"error: {condense(message)}\n")
+        sys.exit(2)
+
+
+class RunCLI(LightningCLI):
+    """The command line of the four training commands.
+
+    Beside Lightning's keys a config has ``name`` and ``runs`` (where the run's folder stands) and ``checkpoint`` (how
+    often to save). ``--ckpt_path last`` continues the newest run of that name that has a checkpoint, in its folder.
+    """
+
+    def __init__(self, argv: list[str]) -> None:
+        self.documents = [*read_configs(argv), *read_options(argv)]
+        self.folder: Path | None = None
+        self.resumed = False
+        super().__init__(
+            model_class=Algorithm,
+            datamodule_class=TextDataModule,
+            save_config_callback=recording.RunRecord,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"allow_abbrev": False},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=argv,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # the record of a run is its config.yaml, not its checkpoint
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The keys that Lightning does not have."""
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Name of the run (default: the algorithm's, lower-case)."
+        )
+        parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the runs.")
+        parser.add_lightning_class_args(recording.Checkpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning merges a checkpoint's hyper-parameters over what the user set here; we never do."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what can be told from the config alone, and find the checkpoint to start from."""
+        config = self.config[self.subcommand]
+        for note in check_keys(self.documents, config):
+            print(f"note: {note}", file=sys.stderr)
+        _check_trainer(config.trainer)
+        if config.name is None:
+            config.name = config.model.class_path.rsplit(".", 1)[-1].lower()
+        runs.run_parent(config.runs, config.name)
+        if config.ckpt_path:
+            self.resumed = self.subcommand == "fit" and config.ckpt_path == "last"
+            checkpoint = runs.resolve_checkpoint(str(config.ckpt_path), config.runs, config.name)
+            config.ckpt_path = str(checkpoint)
+            if self.resumed:
+                self.folder = checkpoint.parent.parent
+
+    def instantiate_classes(self) -> None:
+        """As Lightning does it; a ValueError from a constructor is the user's to mend (a β below zero)."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError) as error:
+            if _hides_a_bug(error):
+                raise
+            raise UserError(condense(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that works in the run's folder, with our callbacks beside the user's and a CSV log always."""
+        config = self.config[self.subcommand]
+        settings = self._get(self.config_init, "trainer")
+        made = None
+        if self.folder is None and not _get_rank():  # other ranks never write; they are told by broadcast
+            self.folder = made = runs.new_run(config.runs, config.name)
+        folder = self.folder or runs.run_parent(config.runs, config.name)
+        self.save_config_kwargs = {"resumed": self.resumed}
+        callbacks = _as_list(settings.callbacks)
+        try:
+            return super().instantiate_trainer(
+                default_root_dir=str(folder.absolute()),
+                callbacks=[*callbacks, *_own_callbacks(settings, callbacks)],
+                logger=_loggers(settings.logger, folder, config.name),
+            )
+        except BaseException as error:
+            if made is not None:
+                made.rmdir()  # nothing was written yet: a refused trainer leaves no empty run behind
+            if isinstance(error, TypeError):  # what Lightning raises for some values, such as devices: -3
+                raise UserError(f"trainer: {_one_line(error)}") from error
+            raise
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if config["enable_checkpointing"] is False:
+            callbacks = [c for c in callbacks if not isinstance(c, recording.Checkpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            raise UserError(_one_line(error)) from error
+        except ValueError as error:
+            if _innermost_module(error).startswith("lightning."):  # a setting that shows as wrong only now
+                raise UserError(_one_line(error)) from error
+            raise
+        except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            if self.config[subcommand].ckpt_path and _while_restoring(error):
+                path = self.config[subcommand].ckpt_path
+                raise UserError(f"--ckpt_path {path}: not a checkpoint of this model ({_one_line(error)})") from error
+            raise
+
+    def after_fit(self) -> None:
+        """One line to end with: where the run is, and what it reached."""
+        if self.trainer.is_global_zero:
+            print(tracking.closing_line(self.trainer))
+
+
+def _check_trainer(trainer: Namespace) -> None:
+    for key, (silent, instead) in ELSEWHERE.items():
+        if trainer[key] not in silent:
+            raise UserError(f"trainer.{key} is not for this: {instead}")
+    precision = str(trainer.precision)
+    if precision in BAD_PRECISION:
+        raise UserError(f"trainer.precision {precision}: {BAD_PRECISION[precision]}")
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _own_callbacks(settings: Namespace, given: list[Callback]) -> list[Callback]:
+    own: list[Callback] = [recording.SampleWriter(), recording.PredictionWriter(), recording.HFExport()]
+    if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in given):
+        own.append(tracking.progress_bar())
+    return own
+
+
+def _loggers(given: Any, folder: Path, name: str) -> list[Logger]:
+    """The CSV log first (its folder is the run's), then the user's."""
+    others = [] if isinstance(given, bool) else _as_list(given)
+    for logger in others:
+        if isinstance(logger, tracking.WandB):
+            logger.use_folder(folder, f"{name}/{folder.name}")
+    return [tracking.MetricsFile(folder), *others]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _hides_a_bug(error: BaseException) -> bool:
+    """The parser wraps whatever a constructor raises into a ValueError; only a ValueError inside is the user's."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        if not isinstance(cause, ValueError | MisconfigurationException | ArgumentError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _frames(error: BaseException) -> Iterator[tuple[str, str]]:
+    """(module, function) from the outermost to the innermost frame."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        yield frame.f_globals.get("__name__", ""), frame.f_code.co_name
+
+
+def _innermost_module(error: BaseException) -> str:
+    return [module for module, _ in _frames(error)][-1]
+
+
+def _while_restoring(error: BaseException) -> bool:
+    return any("checkpoint_connector" in module for module, _ in _frames(error))
+
+
+def _hush() -> None:
+    """Lightning's banners and the warnings that do not apply to runs made here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # "Loading weights", for every model of a run
+
+
+def main(argv: list[str]) -> int:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        UserError: bad input, in one line.
+        SystemExit: 2 from the parser (its line is printed), 0 after ``--help`` or ``--print_config``.
+    """
+    _hush()
+    RunCLI(argv)
+    return 0

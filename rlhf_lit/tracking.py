@@ -1,0 +1,323 @@
+"""What a run logs and shows: ``metrics.csv``, Weights & Biases, and progress on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    ProgressBar,
+    RichProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from rlhf_lit.runs import EXPORT
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def replace_file(path: Path, write: Callable[[Any], None]) -> None:
+    """Rewrite a text file so that a kill leaves either the old one or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a JSON Lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and the like as JSON numbers or lists; text for what is neither."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+# --- loggers ---------------------------------------------------------------------------------------------------------
+
+
+class _Rows(ExperimentWriter):
+    """Continues a ``metrics.csv`` that is already there, where Lightning's writer deletes it."""
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._rewrite(fieldnames, lambda row: True)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows of steps that a resumed run is about to repeat, and one torn by a kill."""
+        self.save()
+        if Path(self.metrics_file_path).is_file():
+            self._rewrite(self.metrics_keys, lambda row: (row["step"] or "").isdecimal() and int(row["step"]) < step)
+
+    def _rewrite(self, fieldnames: list[str], keep: Callable[[dict[str, str]], bool]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if keep(row)]
+
+        def write(file: Any) -> None:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+
+        replace_file(path, write)
+
+
+class MetricsFile(CSVLogger):
+    """``metrics.csv`` in the run's folder: one row per logging step, flushed at once, continued when a run is resumed.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        path = Path(folder).absolute()
+        super().__init__(save_dir=path.parent, name="", version=path.name, flush_logs_every_n_steps=1)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _Rows:
+        """The writer, made when first asked for."""
+        if self._experiment is None:
+            self._experiment = _Rows(log_dir=self.log_dir)
+        assert isinstance(self._experiment, _Rows)
+        return self._experiment
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drop the rows from ``step`` on (0-based, as in the file)."""
+        self.experiment.rewind(step)
+
+
+class WandB(WandbLogger):
+    """Weights & Biases, which a run outlives: without an API key, a network or a server it records offline.
+
+    Args:
+        project: W&B project.
+        entity: W&B user or team.
+        offline: record to the run's folder alone (``wandb sync`` uploads it later).
+        name: display name (default: the run's, with its version).
+        group: what W&B groups runs by.
+        tags: W&B tags.
+        id: W&B run id; a resumed run finds its own again.
+    """
+
+    def __init__(
+        self,
+        project: str = "rlhf_lit",
+        entity: str | None = None,
+        offline: bool = False,
+        name: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        id: str | None = None,
+    ) -> None:
+        super().__init__(project=project, offline=offline, name=name, id=id, entity=entity, group=group, tags=tags)
+        self._silenced = False
+
+    def use_folder(self, folder: Path, name: str) -> None:
+        """Keep W&B's files in the run's folder, and continue the W&B run that was begun there."""
+        self._save_dir = self._wandb_init["dir"] = str(folder.absolute())
+        self._wandb_init["name"] = self._name = self._name or name
+        known = folder / "wandb_id.txt"
+        if self._id is None and known.is_file():
+            self._id = self._wandb_init["id"] = known.read_text(encoding="utf-8").strip()
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run; offline where W&B cannot be reached."""
+        if self._experiment is None:
+            import wandb
+
+            if not self._offline and (reason := _no_wandb()):
+                self._go_offline(reason)
+            try:
+                self._begin()
+            except Exception as error:  # a run never dies of its logger, whatever W&B raises
+                if self._offline:
+                    raise
+                wandb.teardown()
+                self._go_offline(error)
+                self._begin()
+        return self._experiment
+
+    def _begin(self) -> None:
+        import wandb
+
+        mode: Literal["offline"] | None = "offline" if self._offline else None
+        settings = wandb.Settings(init_timeout=30, finish_timeout=60)
+        run = wandb.init(**self._wandb_init, mode=mode, settings=settings, reinit="finish_previous")
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        self._experiment = run
+        if self._save_dir and Path(self._save_dir).is_dir():
+            Path(self._save_dir, "wandb_id.txt").write_text(f"{run.id}\n", encoding="utf-8")
+
+    def _go_offline(self, reason: object) -> None:
+        self._offline = True
+        _warn(f"W&B is not reachable ({_first_line(reason)}); recording offline, 'wandb sync' uploads it later")
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """Do it, or say once that W&B gave up and go on without."""
+        if self._silenced:
+            return
+        try:
+            action()
+        except Exception as error:  # a run never dies of its logger
+            self._silenced = True
+            _warn(f"W&B gave up ({_first_line(error)}); the run goes on without it, metrics.csv has everything")
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """As Lightning's, without its exceptions."""
+        self._guard(lambda: super(WandB, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """As Lightning's, without its exceptions."""
+        self._guard(lambda: super(WandB, self).log_hyperparams(params))
+
+    @rank_zero_only
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """A table of sample completions, one row each."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        data = [[_cell(row.get(key)) for key in columns] for row in rows]
+        self._guard(lambda: super(WandB, self).log_table("samples", columns=columns, data=data, step=step))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the W&B run; a later use of this logger would continue it."""
+        if self._experiment is not None:
+            run = self._experiment
+            self._wandb_init["id"] = self._id = run.id
+            self._guard(lambda: run.finish(exit_code=0 if status == "success" else 1, quiet=True))
+            self._experiment = None
+
+
+def _no_wandb() -> str | None:
+    """Why no W&B server will take this run, where that can be told without asking one (which would prompt)."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return None  # the user chose offline or disabled by W&B's own means
+    return None if wandb.setup().settings.api_key else "no API key: run 'wandb login', or set WANDB_API_KEY"
+
+
+def _cell(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else json.dumps(value, default=_plain)
+
+
+def _first_line(reason: object) -> str:
+    return (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def progress_bar() -> ProgressBar:
+    """A live bar on a terminal; a line now and then in CI, in a file or in a pipe."""
+    quiet = os.environ.get("CI", "").lower() not in ("", "0", "false") or not sys.stdout.isatty()
+    return PlainProgress() if quiet else LiveProgress()
+
+
+def _format(name: str, value: Any) -> str:
+    number = float(value)
+    return f"{name} {number:.4g}" if abs(number) < 1e4 else f"{name} {number:,.0f}"
+
+
+class LiveProgress(RichProgressBar):
+    """Rich's bar with what the algorithm marked for it (loss, reward, KL, tokens per second)."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1, leave=False)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Without the version number: the run's folder is named at the end."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class PlainProgress(ProgressBar):
+    """A line of text every ``seconds`` and after each validation.
+
+    Args:
+        seconds: least time between two lines of training.
+    """
+
+    def __init__(self, seconds: float = 15.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._enabled = True
+        self._said = 0.0
+
+    def disable(self) -> None:
+        """What Lightning calls on the ranks that stay silent."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Speak (again)."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first line is due after ``seconds``, not at once."""
+        self._said = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Say where training stands, if it is time."""
+        now = time.monotonic()
+        if now - self._said >= self.seconds:
+            self._said = now
+            self._say(trainer, self.get_metrics(trainer, args[0]))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what validation found."""
+        if trainer.training or trainer.fit_loop.epoch_loop.val_loop._has_run:
+            found = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+            self._say(trainer, found or self.get_metrics(trainer, pl_module))
+
+    def _say(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+        if not self._enabled or trainer.sanity_checking:
+            return
+        total = trainer.estimated_stepping_batches
+        steps = f"{trainer.global_step}/{total:.0f}" if total != float("inf") else f"{trainer.global_step}"
+        parts = [_format(name, value) for name, value in metrics.items() if name != "v_num"]
+        print(" · ".join([f"epoch {trainer.current_epoch}", f"step {steps}", *parts]), flush=True)
+
+
+def closing_line(trainer: Trainer) -> str:
+    """Where a finished run stands, and the last value of what it validated (or trained) by."""
+    folder = Path(trainer.default_root_dir)
+    shown = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val")} or trainer.progress_bar_metrics
+    parts = [f"run {short_path(folder)}"]
+    if (folder / EXPORT).is_dir():
+        parts.append(f"model {short_path(folder / EXPORT)}")
+    parts += [_format(name, value) for name, value in sorted(shown.items()) if name != "v_num"]
+    return " · ".join(parts)
+
+
+def short_path(path: Path) -> str:
+    """Relative where that is how one would type it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
