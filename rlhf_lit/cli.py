@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -29,6 +29,7 @@ from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.cli_errors import check_keys, condense, read_configs, read_options
 from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.errors import UserError
+from rlhf_lit.losses.preference import PreferenceLoss
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # for PPO a sanity check would sample before the first step
@@ -63,6 +64,8 @@ NOISE = (
     r"Checkpoint directory .* exists and is not empty",  # a resumed run
     r".*does not have many workers",
     r"The number of training batches .* is smaller than the logging interval",
+    r"Found \d+ module\(s\) in eval mode",  # DPO and PPO train without dropout, and frozen models stay in eval
+    r"`is_gradient_checkpointing` is deprecated",  # asked by peft, not by us
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
@@ -269,5 +272,7 @@ def main(argv: list[str]) -> int:
         SystemExit: 2 from the parser (its line is printed), 0 after ``--help`` or ``--print_config``.
     """
     _hush()
+    # Dataclasses are plain fields to the parser, unless it is told that one is a family chosen from by class_path.
+    set_parsing_settings(subclasses_enabled=[PreferenceLoss])
     RunCLI(argv)
     return 0

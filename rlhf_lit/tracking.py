@@ -19,9 +19,13 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lit.runs import EXPORT
+
+INIT_TIMEOUT = 30.0  # seconds to wait for W&B before a run goes on without it
+
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
@@ -162,7 +166,7 @@ class WandB(WandbLogger):
         import wandb
 
         mode: Literal["offline"] | None = "offline" if self._offline else None
-        settings = wandb.Settings(init_timeout=30, finish_timeout=60)
+        settings = wandb.Settings(init_timeout=INIT_TIMEOUT, finish_timeout=60)
         run = wandb.init(**self._wandb_init, mode=mode, settings=settings, reinit="finish_previous")
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -284,18 +288,19 @@ class PlainProgress(ProgressBar):
         """The first line is due after ``seconds``, not at once."""
         self._said = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Say where training stands, if it is time."""
         now = time.monotonic()
         if now - self._said >= self.seconds:
             self._said = now
-            self._say(trainer, self.get_metrics(trainer, args[0]))
+            self._say(trainer, self.get_metrics(trainer, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what validation found."""
-        if trainer.training or trainer.fit_loop.epoch_loop.val_loop._has_run:
-            found = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-            self._say(trainer, found or self.get_metrics(trainer, pl_module))
+        """Say what validation found; the commands other than ``fit`` print a table of their own."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._say(trainer, validation_metrics(trainer) or self.get_metrics(trainer, pl_module))
 
     def _say(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         if not self._enabled or trainer.sanity_checking:
@@ -306,10 +311,15 @@ class PlainProgress(ProgressBar):
         print(" · ".join([f"epoch {trainer.current_epoch}", f"step {steps}", *parts]), flush=True)
 
 
+def validation_metrics(trainer: Trainer) -> dict[str, Any]:
+    """What the last validation found and the algorithm marked for people to see."""
+    return {name: value for name, value in trainer.progress_bar_metrics.items() if name.startswith("val/")}
+
+
 def closing_line(trainer: Trainer) -> str:
     """Where a finished run stands, and the last value of what it validated (or trained) by."""
     folder = Path(trainer.default_root_dir)
-    shown = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val")} or trainer.progress_bar_metrics
+    shown = validation_metrics(trainer) or trainer.progress_bar_metrics
     parts = [f"run {short_path(folder)}"]
     if (folder / EXPORT).is_dir():
         parts.append(f"model {short_path(folder / EXPORT)}")
