@@ -62,6 +62,8 @@ NOISE = (
     r"LightningCLI's args parameter is intended",  # the front door reads sys.argv once, for all commands
     r"Using ModelCheckpoint with manual optimization",  # it advises to save the weights before the step; we want after
     r"Checkpoint directory .* exists and is not empty",  # a resumed run
+    r"The dirpath has changed",  # a new run from another one's checkpoint
+    r"Couldn't infer the batch indices",  # predictions carry their rows
     r".*does not have many workers",
     r"The number of training batches .* is smaller than the logging interval",
     r"Found \d+ module\(s\) in eval mode",  # DPO and PPO train without dropout, and frozen models stay in eval

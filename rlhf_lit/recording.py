@@ -98,11 +98,15 @@ class RunRecord(SaveConfigCallback):
                 logger.log_hyperparams(yaml.safe_load(text))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run repeats what came after its checkpoint: forget that part, so that each step stands once."""
+        """Put a run that starts from a checkpoint exactly where it was.
+
+        A resumed run repeats what came after its checkpoint: forget those rows, so that each step stands once.
+        """
+        # Asking for the number of steps in `configure_optimizers` makes Lightning set the training loader up before it
+        # reads the checkpoint, and then it never hands the loader its state: mid-epoch, batches would be repeated.
+        trainer.fit_loop._load_combined_loader_states()
         if not self.resumed:
             return
-        # A checkpoint written inside a step was counted before Lightning counted the step for its loggers.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.rewind(trainer.global_step)

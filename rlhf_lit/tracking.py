@@ -211,7 +211,7 @@ class WandB(WandbLogger):
         if self._experiment is not None:
             run = self._experiment
             self._wandb_init["id"] = self._id = run.id
-            self._guard(lambda: run.finish(exit_code=0 if status == "success" else 1, quiet=True))
+            self._guard(lambda: run.finish(exit_code=0 if status == "success" else 1))
             self._experiment = None
 
 
