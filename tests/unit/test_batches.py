@@ -1,0 +1,89 @@
+"""Batch records: cutting, padding, moving."""
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+
+from rlhf_lit.batches import ExperienceBatch, Sequences, cut_by_tokens
+
+
+def test_groups_partition_the_rows_within_the_budget() -> None:
+    lengths = torch.tensor([3, 9, 1, 4, 9, 2, 7])
+    for budget in (1, 5, 9, 18, 20, 1000):
+        groups = cut_by_tokens(lengths, budget)
+        assert sorted(torch.cat(groups).tolist()) == list(range(7))
+        for group in groups:
+            assert len(group) == 1 or len(group) * int(lengths[group].max()) <= budget
+
+
+def test_groups_are_longest_first_and_greedy() -> None:
+    groups = cut_by_tokens(torch.tensor([2, 8, 4, 4]), 8)
+    assert [group.tolist() for group in groups] == [[1], [2, 3], [0]]
+
+
+def test_a_budget_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batch_tokens"):
+        cut_by_tokens(torch.tensor([1]), 0)
+
+
+def test_pad_keeps_lengths_and_masks_not_pad_ids() -> None:
+    s = Sequences.pad([[5, 0, 2], [2]], [[False, True, True], [False]])
+    assert s.tokens.tolist() == [[5, 0, 2], [2, 0, 0]]
+    assert s.lengths.tolist() == [3, 1]
+    assert s.mask.tolist() == [[False, True, True], [False, False, False]]
+
+
+def test_select_trims_to_the_longest_row_kept() -> None:
+    s = tiny.sequences([(1, 2), (1, 8), (1, 1)]).select(torch.tensor([2, 0]))
+    assert s.lengths.tolist() == [6, 7]
+    assert s.tokens.shape == s.mask.shape == (2, 7)
+    assert s.mask.sum(-1).tolist() == [2, 3]
+
+
+def test_join_keeps_every_row_whole() -> None:
+    a, b = tiny.sequences([(1, 2)]), tiny.sequences([(5, 5), (2, 2)], seed=1)
+    joined = a.join(b)
+    assert joined.lengths.tolist() == [*a.lengths.tolist(), *b.lengths.tolist()]
+    assert joined.tokens[0, :7].tolist() == a.tokens[0].tolist()
+    assert joined.tokens[1].tolist() == b.tokens[0].tolist()
+    assert joined.mask.sum().item() == a.mask.sum().item() + b.mask.sum().item()
+
+
+def test_micro_batches_hold_every_row_once_and_pairs_stay_together() -> None:
+    batch = tiny.preferences(budget=40)
+    pieces = list(batch.micro_batches())
+    assert len(pieces) > 2
+    assert sum(len(piece) for piece in pieces) == len(batch)
+    for piece in pieces:
+        width = max(piece.chosen.tokens.shape[1], piece.rejected.tokens.shape[1])
+        assert len(piece) == 1 or 2 * len(piece) * width <= 40
+        for row in range(len(piece)):  # the two sides share their prompt
+            start = int(piece.chosen.mask[row].int().argmax())
+            assert piece.chosen.tokens[row, :start].equal(piece.rejected.tokens[row, :start])
+    margins = torch.cat([piece.margin for piece in pieces])
+    assert sorted(margins.tolist()) == sorted(batch.margin.tolist())
+
+
+def test_experience_is_cut_with_all_its_columns() -> None:
+    s = tiny.sequences([(1, 2), (1, 8)])
+    columns = [s.mask * (10.0 * i) for i in range(1, 5)]
+    piece = ExperienceBatch(s, *columns, micro_batch_tokens=1).select(torch.tensor([0]))
+    assert piece.sequences.tokens.shape == (1, 7)
+    for i, name in enumerate(("old_logprobs", "values", "advantages", "returns"), start=1):
+        assert getattr(piece, name).equal(piece.sequences.mask * (10.0 * i))
+
+
+def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
+    moved = tiny.prompts(3).to("meta")
+    assert moved.prompts.tokens.is_meta
+    assert moved.index.is_meta
+    assert moved.texts == tiny.prompts(3).texts
+    assert all(getattr(moved.prompts, f.name).is_meta for f in dataclasses.fields(moved.prompts))
+
+
+def test_select_of_prompts_keeps_texts_with_their_rows() -> None:
+    chosen = tiny.prompts(5).select(torch.tensor([4, 1]))
+    assert chosen.texts == ("prompt 4", "prompt 1")
+    assert chosen.index.tolist() == [4, 1]
