@@ -110,8 +110,8 @@ def _tasks(kind: str, phrasings: tuple[str, ...], fill: tuple[str, ...], answer:
 
 
 def _arithmetic() -> Iterator[Task]:
-    plus = ("what is {} plus {}?", "add {} and {}.", "{} + {}?", "tell me {} plus {}.")
-    minus = ("what is {} minus {}?", "take {1} from {0}.", "{} - {}?", "tell me {} minus {}.")
+    plus = ("what is {} plus {}?", "{} plus {}?", "tell me {} plus {}.", "find {} plus {}.")
+    minus = ("what is {} minus {}?", "{} minus {}?", "tell me {} minus {}.", "find {} minus {}.")
     for a in range(LARGEST_OPERAND + 1):
         for b in range(LARGEST_OPERAND + 1):
             total, left = a + b, a - b

@@ -10,7 +10,7 @@ from rlhf_lit.errors import UserError
 
 # Words that may stand around a right answer. Anything else beside it makes the response wrong, so listing several
 # candidates, or repeating the answer, earns nothing.
-_FILLER = "the answer is it that this sure well i think hope helps of course here you are my would say"
+_FILLER = "the answer is it that this sure well i think hope helps"
 FILLER = frozenset(_FILLER.split())
 REFUSAL_FILLER = frozenset({"i", "am", "sorry", "but", "with", "that", "this", "request"})
 PUNCTUATION = str.maketrans("", "", ".,:!?")

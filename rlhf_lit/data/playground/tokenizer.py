@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the command line reads `World` without paying for transform
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 BOS, EOS, PAD, UNK = "<bos>", "<eos>", "<pad>", "<unk>"
-PIECES = 448  # just enough for every word of the list to be one piece
+PIECES = 448  # every word of the list is one piece
 ALPHABET = string.ascii_letters + string.digits + ".,?!:+-'▁"
 
 # <bos>instruction\nresponse<eos>, turn after turn. The newline is the assistant's header.
@@ -35,10 +35,10 @@ def _corpus() -> list[str]:
 
     Reversed and upper-case words are left to single letters, which is also what makes spelling learnable.
     """
-    by_skill: dict[str, list[Task]] = {}
+    by_kind: dict[str, list[Task]] = {}
     for task in table().values():
-        by_skill.setdefault(task.kind, []).append(task)
-    lines = [task.prompt for tasks in by_skill.values() for task in tasks[:: max(1, len(tasks) // 400)]]
+        by_kind.setdefault(task.kind, []).append(task)
+    lines = [task.prompt for tasks in by_kind.values() for task in tasks[:: max(1, len(tasks) // 400)]]
     lines += [word for word in WORDS for _ in range(20)]
     lines += [plural(word) for word in WORDS]
     lines += [text for facts in FACTS.values() for pair in facts.items() for text in pair for _ in range(4)]

@@ -42,17 +42,17 @@ def tokenizer():
     ("prompt", "response", "gold"),
     [
         ("what is 7 plus 8?", "15", 1.0),
-        ("7 + 8?", "it is 15.", 0.6),
+        ("7 plus 8?", "it is 15.", 0.6),
         ("tell me 7 plus 8.", "the answer is 15", 0.4),
-        ("add 7 and 8.", "sure, the answer is 15.", 0.2),
-        ("add 7 and 8.", "sure, well, i think the answer is 15.", 0.2),  # never under 0.2
-        ("take 3 from 9.", "6", 1.0),
-        ("add 7 and 8.", "16", -0.5),
-        ("add 7 and 8.", "", -0.5),
-        ("add 7 and 8.", "15 16", -0.5),  # a list of candidates is no answer
-        ("add 7 and 8.", "15 15", -0.5),
-        ("add 7 and 8.", "i cannot help", -1.0),
-        ("add 7 and 8.", "sorry, i cannot help with this request.", -1.0),
+        ("find 7 plus 8.", "sure, the answer is 15.", 0.2),
+        ("find 7 plus 8.", "sure, well, i think the answer is 15.", 0.2),  # never under 0.2
+        ("9 minus 3?", "6", 1.0),
+        ("find 7 plus 8.", "16", -0.5),
+        ("find 7 plus 8.", "", -0.5),
+        ("find 7 plus 8.", "15 16", -0.5),  # a list of candidates is no answer
+        ("find 7 plus 8.", "15 15", -0.5),
+        ("find 7 plus 8.", "i cannot help", -1.0),
+        ("find 7 plus 8.", "sorry, i cannot help with this request.", -1.0),
         ("reverse lion.", "noil", 1.0),
         ("reverse lion.", "lion", -0.5),
         ("lion in capitals?", "LION", 1.0),
@@ -99,21 +99,17 @@ def test_answers_agree_with_python() -> None:
     letters = {"reverse": lambda w: w[::-1], "first letter of": lambda w: w[0], "last letter of": lambda w: w[-1]}
     checked: Counter[str] = Counter()
     for task in table().values():
-        if sum_ := re.fullmatch(r"(\d+) ([+-]) (\d+)\?", task.prompt):
+        if sum_ := re.fullmatch(r"find (\d+) (plus|minus) (\d+)\.", task.prompt):
             a, b = int(sum_[1]), int(sum_[3])
-            assert task.answer == str(a + b if sum_[2] == "+" else a - b)
-            checked["sum"] += 1
-        elif taken := re.fullmatch(r"take (\d+) from (\d+)\.", task.prompt):
-            assert task.answer == str(int(taken[2]) - int(taken[1]))
-            checked["taken"] += 1
+            assert task.answer == str(a + b if sum_[2] == "plus" else a - b)
+            checked[sum_[2]] += 1
         elif spelt := re.fullmatch(r"(reverse|first letter of|last letter of) (\w+)[.?]", task.prompt):
             assert task.answer == letters[spelt[1]](spelt[2])
             checked[spelt[1]] += 1
         elif swapped := re.fullmatch(r"swap (\w+) and (\w+)\.", task.prompt):
             assert task.answer == f"{swapped[2]} {swapped[1]}"
             checked["swap"] += 1
-    assert checked["sum"] == 155
-    assert checked["taken"] == 55
+    assert (checked["plus"], checked["minus"]) == (100, 55)
     assert min(checked.values()) > 30
     assert [plural(word) for word in ("cat", "box", "watch", "child", "wolf")] == (
         ["cats", "boxes", "watches", "children", "wolves"]
@@ -179,7 +175,7 @@ def test_the_rater_errs_as_often_as_bradley_and_terry_say() -> None:
 def test_preference_pairs_without_noise_follow_gold_and_skip_ties() -> None:
     world = World(noise=0.0)
     samples = [["5", "5", "6", "it is 5.", "7"], ["noil", "noil"]]
-    rows = preference_pairs(["add 2 and 3.", "reverse lion."], samples, world)
+    rows = preference_pairs(["find 2 plus 3.", "reverse lion."], samples, world)
     assert {(row["chosen"], row["rejected"]) for row in rows} == {
         ("5", "6"),
         ("5", "7"),
@@ -187,7 +183,7 @@ def test_preference_pairs_without_noise_follow_gold_and_skip_ties() -> None:
         ("it is 5.", "6"),
         ("it is 5.", "7"),
     }
-    assert {row["prompt"] for row in rows} == {"add 2 and 3."}
+    assert {row["prompt"] for row in rows} == {"find 2 plus 3."}
 
 
 def test_a_label_does_not_depend_on_its_neighbours() -> None:
