@@ -287,11 +287,10 @@ class PPO(WritingAlgorithm):
         for name, total in totals.items():
             self.log(name, total)
         self.log("policy/grad_norm", grad_norm)
-        # Once per rollout, with its first step.
+        # Beside each step that is made on the rollout, since Lightning repeats a value until the next one comes.
         for name, value in self._rollout_metrics.items():
             shown = name in ("objective/kl", "objective/scores")
             self.log(name, float(value), prog_bar=shown)
-        self._rollout_metrics = {}
 
     # Evaluation
 
@@ -318,6 +317,8 @@ class PPO(WritingAlgorithm):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_multiplier"] = self.kl_multiplier
+        checkpoint["rollout_metrics"] = {name: float(value) for name, value in self._rollout_metrics.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.kl_multiplier = checkpoint["kl_multiplier"]
+        self._rollout_metrics = dict(checkpoint["rollout_metrics"])
