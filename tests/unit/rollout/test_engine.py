@@ -1,0 +1,125 @@
+"""Sampling: the softmax, and nothing else, decides what is drawn."""
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from rlhf_lit.batches import Sequences
+from rlhf_lit.models.loading import Base, load_causal_lm
+from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.randomness import row_keys
+from rlhf_lit.rollout.engine import Samples, Sampling, sample
+
+
+@pytest.fixture(scope="module")
+def model(llama: str) -> torch.nn.Module:
+    return load_causal_lm(Base(name=llama))
+
+
+def keys(index: Tensor) -> Tensor:
+    return row_keys(11, index, torch.zeros_like(index))
+
+
+def responses(samples: Samples) -> list[list[int]]:
+    sequences = samples.sequences
+    return [row[mask].tolist() for row, mask in zip(sequences.tokens, sequences.mask, strict=True)]
+
+
+def draw(model: torch.nn.Module, rows: Tensor | None = None, **settings: int | float) -> Samples:
+    batch = tiny.prompts(12)
+    batch = batch if rows is None else batch.select(rows)
+    sampling = Sampling(**{"max_new_tokens": 12, **settings})  # type: ignore[arg-type]
+    return sample(model, batch.prompts, keys(batch.index), sampling, (tiny.EOS,))
+
+
+def test_rows_at_once_order_and_company_change_no_sample(model: torch.nn.Module) -> None:
+    expected = responses(draw(model))
+    assert len({tuple(response) for response in expected}) == 12
+    for rows_at_once in (1, 5, 12):
+        assert responses(draw(model, rows_at_once=rows_at_once)) == expected
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    assert responses(draw(model, order, rows_at_once=5)) == [expected[i] for i in order.tolist()]
+    assert responses(draw(model, torch.tensor([7]))) == [expected[7]]
+
+
+def test_responses_are_cut_after_the_first_eos_which_stays(model: torch.nn.Module) -> None:
+    samples = draw(model, max_new_tokens=60)
+    ended = samples.ended.tolist()
+    assert any(ended)
+    assert not all(ended)
+    for response, end in zip(responses(samples), ended, strict=True):
+        assert (response[-1] == tiny.EOS) == end
+        assert tiny.EOS not in response[:-1]
+        assert end or len(response) == 60
+    assert samples.sequences.lengths.equal(tiny.prompts(12).prompts.lengths + samples.sequences.mask.sum(-1))
+
+
+def test_prompts_keep_their_own_eos_and_stand_unmasked(model: torch.nn.Module) -> None:
+    prompts, samples = tiny.prompts(12).prompts, draw(model)
+    for i, length in enumerate(prompts.lengths.tolist()):
+        assert samples.sequences.tokens[i, :length].equal(prompts.tokens[i, :length])
+        assert not samples.sequences.mask[i, :length].any()
+        assert samples.sequences.mask[i, length : int(samples.sequences.lengths[i])].all()
+    assert any(tiny.EOS in row[:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_samplers_log_probs_are_those_of_the_training_forward(
+    kind: str, temperature: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Left-padded and cached against right-padded without a mask: the positions must agree too (GPT-2 learns them)."""
+    model = load_causal_lm(Base(name=tiny.save_model(tmp_path_factory.mktemp(kind), kind, spread=0.3)))
+    samples = draw(model, temperature=temperature, rows_at_once=12)
+    with torch.no_grad():
+        expected = token_logprobs(model, samples.sequences, temperature)
+    torch.testing.assert_close(samples.sampled_logprobs, expected, rtol=0, atol=2e-5)
+
+
+def test_frequencies_are_the_softmax(model: torch.nn.Module) -> None:
+    """4 000 first tokens of one prompt: chi-square over the 39 degrees of freedom, 72.1 is the 99.9 % point."""
+    prompt = Sequences.pad([[1, 9, 4]] * 4000, [[False] * 3] * 4000)
+    for temperature in (1.0, 0.5):
+        sampling = Sampling(max_new_tokens=1, temperature=temperature, rows_at_once=4000)
+        samples = sample(model, prompt, keys(torch.arange(4000)), sampling, (tiny.EOS,))
+        with torch.no_grad():
+            logits = model(torch.tensor([[1, 9, 4]])).logits[0, -1].double()
+        expected = 4000 * torch.softmax(logits / temperature, -1)
+        observed = torch.bincount(samples.sequences.tokens[:, 3], minlength=tiny.VOCABULARY).double()
+        assert float(((observed - expected).square() / expected).sum()) < 72.1
+
+
+def test_greedy_takes_the_largest_logit(model: torch.nn.Module) -> None:
+    prompts = tiny.prompts(5).prompts
+    samples = sample(model, prompts, None, Sampling(max_new_tokens=6), (tiny.EOS,))
+    for row, length, response in zip(prompts.tokens, prompts.lengths, responses(samples), strict=True):
+        tokens = row[:length].tolist()
+        for token in response:
+            assert int(model(torch.tensor([tokens])).logits[0, -1].argmax()) == token
+            tokens.append(token)
+
+
+def test_the_models_own_generation_defaults_are_left_out_and_put_back(model: torch.nn.Module) -> None:
+    expected = responses(draw(model))
+    config = model.generation_config
+    config.repetition_penalty, config.top_k, config.temperature, config.do_sample = 5.0, 2, 0.1, True
+    try:
+        assert responses(draw(model)) == expected
+        assert model.generation_config is config
+    finally:
+        config.repetition_penalty, config.top_k, config.temperature, config.do_sample = None, None, None, None
+
+
+def test_any_stop_token_ends_a_response(model: torch.nn.Module) -> None:
+    batch = tiny.prompts(12)
+    samples = sample(model, batch.prompts, keys(batch.index), Sampling(max_new_tokens=40), (tiny.EOS, 7, 8))
+    last = {response[-1] for response, end in zip(responses(samples), samples.ended, strict=True) if end}
+    assert {7, 8} & last
+    assert all(not {tiny.EOS, 7, 8} & set(response[:-1]) for response in responses(samples))
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"rows_at_once": 0}])
+def test_settings_are_checked(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"sampling.{next(iter(settings))}"):
+        Sampling(**settings)  # type: ignore[arg-type]
