@@ -129,6 +129,7 @@ def make_ppo(base: Base, **settings: Any) -> PPO:
 
 def build(module: Module) -> Module:
     """The module with its models, in the mode it trains in."""
+    torch.manual_seed(0)  # a new value head and new adapters are drawn from the global generator
     module.configure_model()
     module.modes()
     return module
@@ -176,7 +177,9 @@ class Step:
         """Equal loss, metrics and gradients."""
         assert self.totals.keys() == other.totals.keys()
         for name, value in self.totals.items():
-            assert abs(value - other.totals[name]) <= tolerance * max(1.0, abs(value)), name
+            # Fractions of pairs or tokens are counted in float32, whatever the model's width.
+            allowed = tolerance if name == "loss" else max(tolerance, 1e-6)
+            assert abs(value - other.totals[name]) <= allowed * max(1.0, abs(value)), name
         assert self.distance(other) <= tolerance
 
 

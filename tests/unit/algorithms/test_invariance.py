@@ -1,0 +1,160 @@
+"""How a batch is padded, ordered and cut changes neither its loss nor any gradient, in all four algorithms.
+
+Everything runs in float64 after loading, so that a wrong denominator cannot hide in rounding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from rlhf_lit.algorithms import DPO, SFT, RewardModel
+from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.ppo import Critic
+from rlhf_lit.batches import Sequences
+from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
+from rlhf_lit.losses.preference import DPOLoss, IPOLoss
+from rlhf_lit.models.loading import Base, LoRA
+
+TOLERANCE = 1e-9
+Case = tuple[Algorithm, Any]
+
+
+def sft(base: Base) -> Case:
+    return tiny.build(SFT(base)).double(), tiny.supervised()
+
+
+def reward_model(base: Base) -> Case:
+    loss = BradleyTerryLoss(centring=0.01, use_margin=True)
+    return tiny.build(RewardModel(base, loss)).double(), tiny.preferences()
+
+
+def dpo(base: Base) -> Case:
+    module = tiny.build(DPO(base, DPOLoss(beta=0.5, label_smoothing=0.1)))
+    tiny.disturb(module, 0.03)
+    return module.double(), tiny.preferences()
+
+
+def ipo(base: Base) -> Case:
+    module = tiny.build(DPO(base, IPOLoss(beta=0.5, average_log_prob=True)))
+    tiny.disturb(module, 0.03)
+    return module.double(), tiny.preferences()
+
+
+def ppo(base: Base) -> Case:
+    """Experience of an earlier policy, so that ratios are off 1 and both clips are at work."""
+    module = tiny.make_ppo(base)
+    experience = module.rollout(tiny.prompts(), 0)
+    tiny.disturb(module, 0.03)
+    module, batch = module.double(), experience
+    totals = tiny.Step(module, batch).totals
+    assert 0.02 < totals["policy/clipfrac"] < 0.98
+    assert 0.02 < totals["value/clipfrac"] < 0.98
+    return module, batch
+
+
+def ppo_trunk(base: Base) -> Case:
+    module = tiny.make_ppo(base, critic=Critic(init="policy", trunk=True))
+    experience = module.rollout(tiny.prompts(), 0)
+    tiny.disturb(module, 0.03)
+    return module.double(), experience
+
+
+CASES = [sft, reward_model, dpo, ipo, ppo, ppo_trunk]
+
+
+@pytest.fixture(
+    params=[(case, lora) for case in CASES for lora in (None, LoRA(rank=4))],
+    ids=lambda value: f"{value[0].__name__}-{'lora' if value[1] else 'full'}",
+)
+def case(request: pytest.FixtureRequest, llama: str) -> Case:
+    make, lora = request.param
+    make_case: Callable[[Base], Case] = make
+    module, batch = make_case(Base(name=llama, lora=lora))
+    if lora:
+        tiny.disturb(module, 0.05)  # B = 0 has no gradient for A
+    return module, batch
+
+
+def with_budget(batch: Any, budget: int) -> Any:
+    from dataclasses import replace
+
+    return replace(batch, micro_batch_tokens=budget)
+
+
+def test_loss_and_gradients(case: Case) -> None:
+    module, batch = case
+    whole = tiny.Step(module, batch, cut=False)
+    assert not whole.without_gradient
+    assert whole.norm > 1e-3
+    for budget in (1, 25, 60, 110, tiny.EVERYTHING):
+        pieces = len(list(with_budget(batch, budget).micro_batches()))
+        assert pieces == {1: len(batch), tiny.EVERYTHING: 1}.get(budget, pieces)
+        whole.assert_equals(tiny.Step(module, with_budget(batch, budget)), TOLERANCE)
+    for extra, fill in ((1, tiny.EOS), (17, 5)):
+        whole.assert_equals(tiny.Step(module, tiny.widen(batch, extra, fill), cut=False), TOLERANCE)
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
+    shuffled = batch.select(order)
+    whole.assert_equals(tiny.Step(module, shuffled, cut=False), TOLERANCE)
+    whole.assert_equals(tiny.Step(module, with_budget(shuffled, 60)), TOLERANCE)
+
+
+def test_the_loss_is_a_mean_over_all_tokens_or_pairs(case: Case) -> None:
+    """Each row alone, recombined by its own tokens or pairs, gives the batch's loss: no mean of means."""
+    module, batch = case
+    rows = [batch.select(torch.tensor([i])) for i in range(len(batch))]
+    weights = [float(module.units(row)[next(iter(module.units(row)))]) for row in rows]
+    losses = [tiny.Step(module, row).totals["loss"] for row in rows]
+    mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+    assert tiny.Step(module, batch).totals["loss"] == pytest.approx(mean, rel=1e-9)
+
+
+def test_in_float32_within_rounding(llama: str) -> None:
+    for module, batch in (
+        (tiny.build(SFT(Base(name=llama))), tiny.supervised),
+        (tiny.build(RewardModel(Base(name=llama))), tiny.preferences),
+        (tiny.build(DPO(Base(name=llama), DPOLoss(beta=0.1))), tiny.preferences),
+    ):
+        tiny.Step(module, batch()).assert_equals(tiny.Step(module, batch(30)), 1e-5)
+        tiny.Step(module, batch()).assert_equals(tiny.Step(module, tiny.widen(batch(), 9), cut=False), 1e-5)
+
+
+def test_tokens_after_the_end_do_not_exist(llama: str) -> None:
+    """What stands after a row's length, inside the padding, may be anything."""
+    module = tiny.build(SFT(Base(name=llama))).double()
+    batch = tiny.supervised()
+    past = torch.arange(batch.sequences.tokens.shape[1])[None] >= batch.sequences.lengths[:, None]
+    noise = torch.randint(0, tiny.VOCABULARY, past.shape, generator=torch.Generator().manual_seed(0))
+    noisy = Sequences(torch.where(past, noise, batch.sequences.tokens), batch.sequences.lengths, batch.sequences.mask)
+    expected = tiny.Step(module, batch, cut=False)
+    expected.assert_equals(tiny.Step(module, tiny.SupervisedBatch(noisy, 1), cut=False), TOLERANCE)
+
+
+def test_the_closing_eos_is_learned_though_it_is_the_pad(llama: str) -> None:
+    module = tiny.build(SFT(Base(name=llama)))
+    assert module.tokenizer.pad_token_id == module.tokenizer.eos_token_id
+    batch = tiny.SupervisedBatch(Sequences.pad([[1, 9, tiny.EOS]], [[False, False, True]]), 100)
+    with torch.no_grad():
+        logits = module.roles.policy(torch.tensor([[1, 9]])).logits[0, -1]
+    expected = -float(logits.log_softmax(-1)[tiny.EOS])
+    assert tiny.Step(module, batch).totals["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)], ids=["full", "lora"])
+def test_a_rollout_is_cut_and_ordered_at_will(llama: str, lora: LoRA | None) -> None:
+    """The experience of a prompt, whitened over the whole rollout, whatever carries it out."""
+    base = Base(name=llama, lora=lora)
+    expected = tiny.make_ppo(base).rollout(tiny.prompts(), 3)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    for budget, rows_at_once in ((1, 1), (20, 3), (tiny.EVERYTHING, 8)):
+        module = tiny.make_ppo(base, sampling=tiny.Sampling(max_new_tokens=10, rows_at_once=rows_at_once))
+        experience = module.rollout(tiny.prompts(budget=budget).select(order), 3)
+        width = experience.sequences.tokens.shape[1]
+        assert experience.sequences.tokens.equal(expected.sequences.tokens[order, :width])
+        assert experience.sequences.mask.equal(expected.sequences.mask[order, :width])
+        for name in ("old_logprobs", "values", "advantages", "returns"):
+            torch.testing.assert_close(
+                getattr(experience, name), getattr(expected, name)[order, :width], rtol=1e-5, atol=1e-5
+            )
