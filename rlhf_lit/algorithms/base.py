@@ -161,6 +161,23 @@ class Algorithm(LightningModule):
     def on_fit_start(self) -> None:
         self.modes()
 
+    def on_train_start(self) -> None:
+        """Put a run that starts from a checkpoint exactly where it was, and let its own settings have the last word."""
+        # `configure_optimizers` asks for the number of steps, which makes Lightning set the training loader up before
+        # it reads the checkpoint; it then never hands the loader its state, and mid-epoch batches would be repeated.
+        self.trainer.fit_loop._load_combined_loader_states()
+        self._apply_settings()
+
+    def _apply_settings(self) -> None:
+        """A restored optimizer and schedule come with the rates they were saved with: set those of this run."""
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        settings = self.optimizer_settings
+        scheduler.base_lrs = [self.learning_rate] * len(optimizer.param_groups)
+        scheduler._last_lr = [self.learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group.update(lr=rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step over one batch."""
         started = time.perf_counter()
@@ -176,12 +193,12 @@ class Algorithm(LightningModule):
                     self.manual_backward(share.loss)
                     _add(totals, {"loss": share.loss.detach(), **share.metrics})
         norm = self._reduce_and_clip()
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
         self.log_step({name: self.sum_over_ranks(total) for name, total in totals.items()}, norm)
         tokens = float(self.tokens_in(batch))
         self.log("train/tokens_per_s", tokens / (time.perf_counter() - started), prog_bar=True)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:
         """Log a step's numbers; PPO has names of its own."""
