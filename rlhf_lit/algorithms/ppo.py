@@ -187,7 +187,7 @@ class PPO(WritingAlgorithm):
             width = part.tokens.shape[1]
             comparison.put(rows, compare_with_reference(self.roles, part, self.sampling.temperature))
             with self.roles.acting("value") as model:
-                values[rows, :width] = token_values(model, self.roles.heads["value"], part)
+                values[rows, :width] = token_values(model, self.roles.heads["value"], part).to(values.dtype)
         return comparison, values
 
     def _scores(self, prompts: PromptBatch, samples: Samples) -> Tensor:

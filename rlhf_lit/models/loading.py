@@ -139,9 +139,15 @@ def load_scorer(base: Base) -> nn.Module:
     if not isinstance(getattr(inner, "score", None), nn.Module):
         raise UserError(f"base.name: {type(inner).__name__} has no `score` head; a decoder-only model is needed")
     # The constant found after training; an adapter folder has no config.json of its own to hold it.
-    if (reward := Path(base.folder) / "reward.json").is_file():
-        inner.config.reward_bias = json.loads(reward.read_text())["bias"]
+    if (bias := stored_bias(base.folder)) is not None:
+        inner.config.reward_bias = bias
     return model
+
+
+def stored_bias(folder: str) -> float | None:
+    """The constant that a reward model's folder adds to its scores; None where it names none."""
+    file = Path(folder) / "reward.json"
+    return float(json.loads(file.read_text())["bias"]) if file.is_file() else None
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -274,6 +280,10 @@ def _with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_fo
         raise UserError(f"base.lora: {_first_line(error)}") from None
     if adapter_folder:
         loaded = load_peft_weights(adapter_folder, device="cpu")
+        if scorer and not any("score" in key for key in loaded):
+            # A language model's adapter has no head, but peft asks for one: the new one.
+            head = wrapped.get_base_model().score.original_module
+            loaded |= {f"base_model.model.score.{name}": weight for name, weight in head.state_dict().items()}
         result = set_peft_model_state_dict(wrapped, loaded)
         if result.unexpected_keys and not all("score" in key for key in result.unexpected_keys):
             raise UserError(f"base.name: the adapter in {adapter_folder} does not fit its base {weights_folder}")

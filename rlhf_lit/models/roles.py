@@ -20,7 +20,7 @@ from torch import nn
 
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.heads import reward_bias, scalar_head
-from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer, unwrapped
+from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer, stored_bias, unwrapped
 
 Role = Literal["policy", "reference", "value"]
 
@@ -164,3 +164,4 @@ class Roles(nn.Module):
         head = self.heads["value"]
         assert isinstance(head, nn.Linear)
         head.weight.data.copy_(score[0].to(torch.float32))
+        head.bias.data.fill_(stored_bias(folder) or 0.0)
