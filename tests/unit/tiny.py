@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_lit.algorithms import PPO
 from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, PromptBatch, Sequences, SupervisedBatch
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.models.loading import Base
@@ -116,8 +117,6 @@ def word_count(prompts: list[str], responses: list[str], rows: list[dict[str, An
 
 def make_ppo(base: Base, **settings: Any) -> PPO:
     """PPO with a function as the reward and a critic from the policy, unless told otherwise, with its models built."""
-    from rlhf_lit.algorithms.ppo import Critic
-
     defaults: dict[str, Any] = {
         "reward": RewardFromFunction(word_count),
         "kl": FixedKL(0.2),
