@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import xxhash
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, PromptBatch, Record, Sequences, SupervisedBatch
 from rlhf_lit.data import playground, records
@@ -169,9 +170,9 @@ class TextDataModule(LightningDataModule):
             else:
                 kept.append({**tokens, "source": record.source, "row": record.row})
         self.reports[name] = report
-        rank_zero_info(f"{name}: {report.summary()}")
+        _report(f"{name}: {report.summary()}")
         if moved := sum(bool(row.get("moved")) for row in kept):
-            rank_zero_info(
+            _report(
                 f"{name}: in {moved} rows the prompt's own tokens are not a prefix of the row's; the response starts "
                 "at the common prefix"
             )
@@ -196,7 +197,7 @@ class TextDataModule(LightningDataModule):
                 return [json.loads(tokens) for tokens in datasets.Dataset.from_file(str(file))["tokens"]]
         progress = datasets.Dataset.from_dict({"index": list(range(len(found)))})
         mapped = progress.map(
-            lambda row: {"tokens": json.dumps(self.encode(found[row["index"]]))},
+            lambda row: {"tokens": json.dumps(self._encoded_or_reason(found[row["index"]]))},
             num_proc=self.workers if self.workers > 1 else None,
             desc=f"Tokenising {name}",
             new_fingerprint=key,
@@ -209,6 +210,12 @@ class TextDataModule(LightningDataModule):
             _write_arrow(mapped, partial)
             partial.replace(file)
         return [json.loads(tokens) for tokens in encoded]
+
+    def _encoded_or_reason(self, record: Any) -> dict[str, Any] | str:
+        try:
+            return self.encode(record)
+        except UserError as error:  # a chat template that refuses this conversation
+            return str(error)
 
     # Loaders
 
@@ -483,6 +490,11 @@ def _split(source: Source) -> Any:
     if source.split not in ("train", "held_out"):
         raise UserError(f"data: the built-in world has the splits train and held_out, not {source.split!r}")
     return source.split
+
+
+@rank_zero_only
+def _report(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _content(record: Any) -> Any:

@@ -40,42 +40,14 @@ def exact_kl(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FixedKL:
-    """β stays where it is set.
+class KLController:
+    """How the coefficient of the KL penalty moves.
 
     Args:
-        beta: β, the weight of the KL penalty in the reward; 0 leaves it out.
+        beta: β, the weight of the KL penalty in the reward, at the start. Required.
     """
 
     beta: float
-
-    def __post_init__(self) -> None:
-        if self.beta < 0:
-            raise ValueError(f"kl.beta must be at least 0, not {self.beta}")
-
-    def next_beta(self, beta: float, kl: float, episodes: int) -> float:
-        """The coefficient after a rollout: unchanged."""
-        return beta
-
-
-@dataclass(frozen=True)
-class AdaptiveKL:
-    """β ← β·(1 + e·n/horizon), e = clip(KL/target − 1, −0.2, 0.2) (Ziegler et al. 2019, arXiv 1909.08593, §2.2).
-
-    Args:
-        beta: β₀ (0.2 in the original TRL, 0.15 in lm-human-preferences).
-        target: KL aimed at, in nats per response.
-        horizon: episodes over which an error of 1 would double β.
-    """
-
-    beta: float
-    target: float = 6.0
-    horizon: float = 10_000.0
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "target", "horizon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"kl.{name} must be greater than 0, not {getattr(self, name)}")
 
     def next_beta(self, beta: float, kl: float, episodes: int) -> float:
         """The coefficient after a rollout.
@@ -85,8 +57,39 @@ class AdaptiveKL:
             kl: mean over its episodes, on all ranks, of Σ_t k1, in nats.
             episodes: n, how many there were on all ranks.
         """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FixedKL(KLController):
+    """β stays where it is set; 0 leaves the penalty out."""
+
+    def __post_init__(self) -> None:
+        if self.beta < 0:
+            raise ValueError(f"kl.beta must be at least 0, not {self.beta}")
+
+    def next_beta(self, beta: float, kl: float, episodes: int) -> float:
+        return beta
+
+
+@dataclass(frozen=True)
+class AdaptiveKL(KLController):
+    """β ← β·(1 + e·n/horizon), e = clip(KL/target − 1, −0.2, 0.2) (Ziegler et al. 2019, arXiv 1909.08593, §2.2).
+
+    Args:
+        beta: β₀ (0.2 in the original TRL, 0.15 in lm-human-preferences).
+        target: KL aimed at, in nats per response.
+        horizon: episodes over which an error of 1 would double β.
+    """
+
+    target: float = 6.0
+    horizon: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "target", "horizon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"kl.{name} must be greater than 0, not {getattr(self, name)}")
+
+    def next_beta(self, beta: float, kl: float, episodes: int) -> float:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return beta * (1 + error * episodes / self.horizon)
-
-
-KLController = FixedKL | AdaptiveKL

@@ -51,6 +51,11 @@ class Roles(nn.Module):
         """The policy's model."""
         return self.models["policy"]
 
+    def use_reference(self, model: nn.Module) -> None:
+        """Another model as the reference."""
+        self._adapters.pop("reference", None)
+        self.models["reference"] = model.requires_grad_(False)
+
     def _add_reference(self) -> None:
         if not self.shared:
             self.models["reference"] = copy.deepcopy(self.policy).requires_grad_(False)

@@ -1,0 +1,34 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# OpenMP threads that spin while they wait cost more than they gain on small models and shared machines.
+export OMP_WAIT_POLICY ?= PASSIVE
+# Nothing is fetched from a hub by the tests or the quickstart.
+OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
+
+.PHONY: quickstart test soak check clean
+
+quickstart: .venv/ready
+	$(OFFLINE) $(BIN)/python -m rlhf_lit quickstart
+
+test: .venv/ready check
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not soak"
+
+soak: .venv/ready
+	$(OFFLINE) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m soak
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	# torch first and by its exact version, so that nothing else picks another build of it
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

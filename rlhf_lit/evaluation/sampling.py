@@ -1,0 +1,46 @@
+"""Answers of a trained policy to any prompts, without a trainer or a data module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlhf_lit.algorithms.writing import WritingAlgorithm
+from rlhf_lit.batches import PromptBatch, Sequences
+from rlhf_lit.data.chat import ChatFormat
+from rlhf_lit.data.records import Message
+from rlhf_lit.rollout.engine import Samples
+
+SCORING_TOKENS = 32768
+
+
+def draw(
+    module: WritingAlgorithm, conversations: Sequence[Sequence[Message]], samples: int = 1, stream: int = 0
+) -> tuple[Samples, list[list[str]]]:
+    """Sample responses with noise keyed by (seed, stream, row, sample).
+
+    Args:
+        module: an algorithm with a policy, its model built.
+        conversations: what to answer, as turns.
+        samples: responses to each.
+        stream: keeps this round of sampling apart from another.
+
+    Returns:
+        The samples, ``samples`` rows for each conversation, and their texts by conversation.
+    """
+    chat = ChatFormat(module.tokenizer)
+    tokens = [chat.prompt(turns) for turns in conversations for _ in range(samples)]
+    rows = torch.arange(len(tokens))
+    prompts = PromptBatch(
+        Sequences.pad(tokens, [[False] * len(row) for row in tokens]),
+        rows // samples,
+        rows % samples,
+        tuple(turns[-1].content for turns in conversations for _ in range(samples)),
+        tuple({} for _ in rows),
+        SCORING_TOKENS,
+    )
+    module.eval()
+    drawn = module.respond(prompts.to(module.device), stream)
+    texts = module.response_texts(drawn)
+    return drawn, [texts[i : i + samples] for i in range(0, len(texts), samples)]
