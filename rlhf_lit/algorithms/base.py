@@ -196,7 +196,7 @@ class Algorithm(LightningModule):
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-        self.log_step({name: self.sum_over_ranks(total) for name, total in totals.items()}, norm)
+        self.log_step(self._sum_metrics(totals), norm)
         tokens = float(self.tokens_in(batch))
         self.log("train/tokens_per_s", tokens / (time.perf_counter() - started), prog_bar=True)
 
@@ -218,6 +218,17 @@ class Algorithm(LightningModule):
         reduced = self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
         assert isinstance(reduced, Tensor)
         return reduced
+
+    def _sum_metrics(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Σ over ranks of a step's numbers. A rank whose share of the batch is empty has none, and adds zeros."""
+        if self.trainer.world_size == 1:
+            return totals
+        names: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(names, list(totals))
+        every = max(names, key=len)
+        zero = torch.zeros((), device=self.device)
+        sums = self.sum_over_ranks(torch.stack([totals.get(name, zero).float() for name in every]))
+        return dict(zip(every, sums, strict=True))
 
     def _local_gradients(self) -> AbstractContextManager[None]:
         """No gradient synchronisation inside: ranks may hold different numbers of micro-batches."""
@@ -255,12 +266,14 @@ class Algorithm(LightningModule):
     # Evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Losses and metrics on held-out rows."""
-        self.evaluate(batch, "val")
+        """Losses and metrics on held-out rows (none where the last batch is smaller than the number of ranks)."""
+        if len(batch):
+            self.evaluate(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The same on the test rows."""
-        self.evaluate(batch, "test")
+        if len(batch):
+            self.evaluate(batch, "test")
 
     def evaluate(self, batch: Any, stage: str) -> None:
         """Average the batch's numbers into the stage's, weighted by what the batch is counted in."""
