@@ -1,0 +1,245 @@
+"""The loaders: what they hand out is a function of (seed, epoch, step), and a counter is all they remember."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, SupervisedBatch
+from rlhf_lit.data.batching import BatchLoader, RolloutLoader
+
+
+@pytest.fixture(autouse=True)
+def seed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    return monkeypatch
+
+
+def numbered(rows: list[int]) -> SupervisedBatch:
+    """A batch that carries its rows' numbers as tokens."""
+    return SupervisedBatch(Sequences.pad([[row] for row in rows], [[False] for _ in rows]), 1)
+
+
+def loader(size: int = 23, batch_size: int = 4, shuffle: bool = True, rank: int = 0, world: int = 1) -> BatchLoader:
+    return BatchLoader(list(range(size)), batch_size, numbered, shuffle, rank, world)
+
+
+def rows_of(batch: Any) -> list[int]:
+    return batch.sequences.tokens[:, 0].tolist()
+
+
+def epoch(of: Any) -> list[list[int]]:
+    return [rows_of(batch) for batch in of]
+
+
+# --- BatchLoader -----------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_a_permutation_cut_into_batches() -> None:
+    batches = epoch(loader())
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 3]
+    assert len(loader()) == 6
+    flat = [row for batch in batches for row in batch]
+    assert sorted(flat) == list(range(23))
+    assert flat != list(range(23))
+
+
+def test_without_shuffle_the_order_is_the_files() -> None:
+    plain = loader(shuffle=False)
+    for _ in range(2):
+        assert [row for batch in epoch(plain) for row in batch] == list(range(23))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(seed: pytest.MonkeyPatch) -> None:
+    first, again = loader(), loader()
+    zero, one = epoch(first), epoch(first)
+    torch.manual_seed(123)  # history does not matter
+    torch.rand(5)
+    assert epoch(again) == zero
+    assert epoch(again) == one
+    assert zero != one
+    seed.setenv("PL_GLOBAL_SEED", "1")
+    assert epoch(loader()) != zero
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 6, 8])
+def test_state_resumes_in_the_middle(step: int) -> None:
+    """As Lightning drives it: it takes ``len`` batches of each iterator, and never exhausts it."""
+
+    def stream(of: BatchLoader, count: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        while len(found) < count:
+            for batch in of:
+                found.append(rows_of(batch))
+                if len(found) == count or of.position == 0:
+                    break
+        return found
+
+    whole = stream(loader(), 12)
+    broken = loader()
+    before = stream(broken, step)
+    resumed = loader()
+    resumed.load_state_dict(broken.state_dict())
+    assert before + stream(resumed, 12 - step) == whole
+    assert broken.state_dict() == {"epoch": step // 6, "position": step % 6}
+
+
+def test_asking_for_an_iterator_uses_nothing_up() -> None:
+    """Lightning calls ``iter`` two or three times."""
+    untouched, asked = loader(), loader()
+    iter(asked)
+    iter(asked)
+    assert asked.state_dict() == {"epoch": 0, "position": 0}
+    assert epoch(asked) == epoch(untouched)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_partition_every_batch(world: int) -> None:
+    whole = [set(batch) for batch in epoch(loader())]
+    shares = [epoch(loader(rank=rank, world=world)) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert sum(map(len, parts)) == len(batch)
+        assert set().union(*parts) == batch
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# --- RolloutLoader ---------------------------------------------------------------------------------------------------
+
+
+class Policy:
+    """Stands for the running module: answers with as many tokens as the prompt's number says, and keeps count."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, list[int], list[int]]] = []
+
+    def __call__(self, prompts: PromptBatch, rollout: int) -> ExperienceBatch:
+        numbers = prompts.prompts.tokens[:, 0].tolist()
+        self.asked.append((rollout, prompts.index.tolist(), numbers))
+        rows = [[number, *[7] * (1 + number % 3)] for number in numbers]
+        sequences = Sequences.pad(rows, [[False, *[True] * (len(row) - 1)] for row in rows])
+        # Values that tell the rollout, the stream index and the sample apart.
+        mark = (100.0 * rollout + prompts.index + prompts.sample / 10)[:, None].expand(sequences.tokens.shape)
+        marked: list[Tensor] = [mark + i for i in range(4)]
+        return ExperienceBatch(sequences, *marked, prompts.micro_batch_tokens)
+
+
+def asks(items: list[tuple[int, int, int]]) -> PromptBatch:
+    return PromptBatch(
+        Sequences.pad([[number] for number, _, _ in items], [[False] for _ in items]),
+        torch.tensor([index for _, index, _ in items]),
+        torch.tensor([sample for _, _, sample in items]),
+        tuple(str(number) for number, _, _ in items),
+        tuple({"number": number} for number, _, _ in items),
+        50,
+    )
+
+
+def rollouts(
+    policy: Policy, rank: int = 0, world: int = 1, prompts: int = 10, samples: int = 2, epochs: int = 3
+) -> RolloutLoader:
+    """Rollouts of 4 prompts, answered ``samples`` times each, in minibatches of 2."""
+    return RolloutLoader(list(range(prompts)), asks, policy, 4, samples, 2, epochs, rank, world)
+
+
+def mark_of(batch: ExperienceBatch) -> list[float]:
+    return [round(row[0], 3) for row in batch.old_logprobs.tolist()]
+
+
+def test_sizes() -> None:
+    made = rollouts(Policy())
+    assert made.episodes_per_rollout == 8
+    assert made.steps_per_rollout == 3 * 4
+    assert len(made) == 3 * 12, "ten prompts are three rollouts of four, rounded up"
+
+
+def test_nothing_is_collected_before_a_minibatch_is_asked_for() -> None:
+    policy = Policy()
+    stream = iter(rollouts(policy))
+    assert policy.asked == []
+    for step in range(1, 37):
+        next(stream)
+        assert len(policy.asked) == 1 + (step - 1) // 12, "a rollout is collected with its first step, not before"
+    assert [rollout for rollout, _, _ in policy.asked] == [0, 1, 2]
+
+
+def test_every_episode_is_used_once_in_each_pass() -> None:
+    policy = Policy()
+    batches = [mark_of(batch) for batch in rollouts(policy)]
+    assert [len(batch) for batch in batches] == [2] * 36
+    for rollout in range(3):
+        steps = batches[12 * rollout : 12 * (rollout + 1)]
+        passes = [[mark for batch in steps[4 * i : 4 * (i + 1)] for mark in batch] for i in range(3)]
+        index = range(4 * rollout, 4 * (rollout + 1))
+        episodes = sorted(100.0 * rollout + i + sample / 10 for i in index for sample in range(2))
+        assert all(sorted(one) == pytest.approx(episodes) for one in passes)
+        assert len({tuple(one) for one in passes}) == 3, "each pass has an order of its own"
+
+
+def test_prompts_are_a_stream_of_passes() -> None:
+    """The tenth prompt is followed by the first of the next pass, within one rollout."""
+    policy = Policy()
+    made = rollouts(policy, samples=1)
+    stream = iter(made)
+    for _ in range(5 * made.steps_per_rollout - len(made)):
+        next(stream)
+    for _ in made:
+        pass
+    used = [number for _, _, numbers in policy.asked for number in numbers]
+    assert len(policy.asked) == 5
+    assert sorted(used[:10]) == sorted(used[10:20]) == list(range(10))
+    assert used[:10] != used[10:20]
+    assert [i for _, index, _ in policy.asked for i in index] == list(range(20)), "the noise is keyed by the stream"
+
+
+@pytest.mark.parametrize("step", [1, 7, 12, 17, 24])
+def test_state_brings_the_buffer_back(step: int) -> None:
+    """Through a file, read without unpickling code, as Lightning reads a checkpoint."""
+    whole = list(rollouts(Policy()))
+    broken = rollouts(Policy())
+    stream = iter(broken)
+    for _ in range(step):
+        next(stream)
+    file = io.BytesIO()
+    torch.save(broken.state_dict(), file)
+    file.seek(0)
+
+    policy = Policy()
+    resumed = rollouts(policy)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    rest = list(islice(resumed, 36 - step))  # Lightning asks for what is left of its pass
+    assert [rollout for rollout, _, _ in policy.asked] == [r for r in range(3) if r * 12 >= step], "no rollout is redone"
+    for a, b in zip(rest, whole[step:], strict=True):
+        assert a.micro_batch_tokens == b.micro_batch_tokens
+        for name in ("old_logprobs", "values", "advantages", "returns"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("tokens", "lengths", "mask"):
+            assert torch.equal(getattr(a.sequences, name), getattr(b.sequences, name))
+
+
+def test_a_spent_buffer_is_not_saved() -> None:
+    made = rollouts(Policy())
+    stream = iter(made)
+    for _ in range(12):
+        next(stream)
+    assert made.state_dict() == {"rollout": 1, "step": 0, "buffer": None}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_prompts_and_minibatches(world: int) -> None:
+    alone = Policy()
+    whole = [mark_of(batch) for batch in rollouts(alone)]
+    policies = [Policy() for _ in range(world)]
+    shares = [
+        [mark_of(batch) for batch in rollouts(policy, rank, world)] for rank, policy in enumerate(policies)
+    ]  # fmt: skip
+    for step, batch in enumerate(whole):
+        assert Counter(mark for share in shares for mark in share[step]) == Counter(batch)
+    for rollout, index, _ in alone.asked:
+        assert sorted(i for policy in policies for i in policy.asked[rollout][1]) == sorted(index)
