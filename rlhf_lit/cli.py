@@ -7,6 +7,7 @@ How a run is carried out by default (progress bar, checkpoints, logs) is here; w
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import sys
 import traceback
@@ -29,6 +30,7 @@ from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.cli_errors import check_keys, condense, read_configs, read_options
 from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.errors import UserError
+from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.preference import PreferenceLoss
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -274,7 +276,11 @@ def main(argv: list[str]) -> int:
         SystemExit: 2 from the parser (its line is printed), 0 after ``--help`` or ``--print_config``.
     """
     _hush()
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(
+            os.getcwd()
+        )  # a reward function in the user's folder, for the console script as for `python -m`
     # Dataclasses are plain fields to the parser, unless it is told that one is a family chosen from by class_path.
-    set_parsing_settings(subclasses_enabled=[PreferenceLoss])
+    set_parsing_settings(subclasses_enabled=[PreferenceLoss, KLController])
     RunCLI(argv)
     return 0

@@ -98,13 +98,7 @@ class RunRecord(SaveConfigCallback):
                 logger.log_hyperparams(yaml.safe_load(text))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put a run that starts from a checkpoint exactly where it was.
-
-        A resumed run repeats what came after its checkpoint: forget those rows, so that each step stands once.
-        """
-        # Asking for the number of steps in `configure_optimizers` makes Lightning set the training loader up before it
-        # reads the checkpoint, and then it never hands the loader its state: mid-epoch, batches would be repeated.
-        trainer.fit_loop._load_combined_loader_states()
+        """A resumed run repeats what came after its checkpoint: forget that part, so that each step stands once."""
         if not self.resumed:
             return
         for logger in trainer.loggers:
@@ -227,7 +221,8 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where they are."""
         if trainer.is_global_zero and self.path is not None:
-            print(f"{self.rows} predictions in {short_path(self.path)}")
+            others = f", and a file for each of {trainer.world_size - 1} other ranks" if trainer.world_size > 1 else ""
+            print(f"{self.rows} predictions in {short_path(self.path)}{others}")
 
 
 class HFExport(Callback):

@@ -245,9 +245,10 @@ def progress_bar() -> ProgressBar:
     return PlainProgress() if quiet else LiveProgress()
 
 
-def _format(name: str, value: Any) -> str:
+def _number(value: Any) -> str:
+    """In few characters."""
     number = float(value)
-    return f"{name} {number:.4g}" if abs(number) < 1e4 else f"{name} {number:,.0f}"
+    return f"{number:.4g}" if abs(number) < 1e4 else f"{number:,.0f}"
 
 
 class LiveProgress(RichProgressBar):
@@ -257,10 +258,15 @@ class LiveProgress(RichProgressBar):
         super().__init__(refresh_rate=1, leave=False)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Without the version number: the run's folder is named at the end."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        """The step's own, in few characters; what validation found is printed when it is found."""
+        metrics = training_metrics(trainer)
+        return {name.rsplit("/", 1)[-1]: _number(value) for name, value in metrics.items()}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Above the bar, a line that stays."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and self.is_enabled and not trainer.sanity_checking:
+            self.print(progress_line(trainer, validation_metrics(trainer)))
 
 
 class PlainProgress(ProgressBar):
@@ -295,20 +301,29 @@ class PlainProgress(ProgressBar):
         now = time.monotonic()
         if now - self._said >= self.seconds:
             self._said = now
-            self._say(trainer, self.get_metrics(trainer, pl_module))
+            self._say(trainer, training_metrics(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what validation found; the commands other than ``fit`` print a table of their own."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._say(trainer, validation_metrics(trainer) or self.get_metrics(trainer, pl_module))
+            self._say(trainer, validation_metrics(trainer))
 
     def _say(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
-        if not self._enabled or trainer.sanity_checking:
-            return
-        total = trainer.estimated_stepping_batches
-        steps = f"{trainer.global_step}/{total:.0f}" if total != float("inf") else f"{trainer.global_step}"
-        parts = [_format(name, value) for name, value in metrics.items() if name != "v_num"]
-        print(" · ".join([f"epoch {trainer.current_epoch}", f"step {steps}", *parts]), flush=True)
+        if self._enabled and not trainer.sanity_checking:
+            print(progress_line(trainer, metrics), flush=True)
+
+
+def progress_line(trainer: Trainer, metrics: Mapping[str, Any]) -> str:
+    """Where training stands, and some numbers."""
+    total = trainer.estimated_stepping_batches
+    steps = f"{trainer.global_step}/{total:.0f}" if total != float("inf") else f"{trainer.global_step}"
+    parts = [f"{name} {_number(value)}" for name, value in metrics.items()]
+    return " · ".join([f"epoch {trainer.current_epoch}", f"step {steps}", *parts])
+
+
+def training_metrics(trainer: Trainer) -> dict[str, Any]:
+    """What the last step logged and the algorithm marked for people to see (loss, reward, KL, tokens per second)."""
+    return {name: value for name, value in trainer.progress_bar_metrics.items() if not name.startswith("val/")}
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, Any]:
@@ -319,11 +334,11 @@ def validation_metrics(trainer: Trainer) -> dict[str, Any]:
 def closing_line(trainer: Trainer) -> str:
     """Where a finished run stands, and the last value of what it validated (or trained) by."""
     folder = Path(trainer.default_root_dir)
-    shown = validation_metrics(trainer) or trainer.progress_bar_metrics
+    shown = validation_metrics(trainer) or training_metrics(trainer)
     parts = [f"run {short_path(folder)}"]
     if (folder / EXPORT).is_dir():
         parts.append(f"model {short_path(folder / EXPORT)}")
-    parts += [_format(name, value) for name, value in sorted(shown.items()) if name != "v_num"]
+    parts += [f"{name} {_number(value)}" for name, value in sorted(shown.items())]
     return " · ".join(parts)
 
 

@@ -14,9 +14,11 @@ import yaml
 from lightning.pytorch import Callback
 
 from rlhf_lit.__main__ import COMMANDS
+from rlhf_lit.tracking import LiveProgress, PlainProgress, progress_bar
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = ROOT / "configs" / "overlays"
+SHIPPED = {path for path in ROOT.glob("configs/*/*.yaml") if path.parent != OVERLAYS}
 
 
 class StopAt(Callback):
@@ -224,6 +226,14 @@ def test_every_overlay_fits_every_algorithm(run, config, overlay):
         assert laid_over["model"]["init_args"]["base"]["lora"]["rank"] == 16
 
 
+@pytest.mark.parametrize("path", sorted(SHIPPED), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_config_parses(run, path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)  # as from the repository's root
+    config = resolved(run, "--config", path)
+    assert config["model"]["class_path"].startswith("rlhf_lit.algorithms.")
+    assert config["data"]["class_path"].startswith("rlhf_lit.data.modules.")
+
+
 def test_overlays_choose_no_class_of_ours():
     for path in OVERLAYS.glob("*.yaml"):
         content = yaml.safe_load(path.read_text())
@@ -253,6 +263,13 @@ def test_a_value_lost_to_another_class_is_named(run):
     assert "note: model.loss.label_smoothing: '0.1' of the command line is not used" in answer.err
 
 
+def test_a_reward_function_is_found_in_the_working_folder(run, place, monkeypatch):
+    (place / "my_rewards.py").write_text("def score(prompts, responses, rows):\n    return [0.0 for _ in responses]\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(place))])
+    config = resolved(run, "--config", "ppo.yaml", "--model.reward.function=my_rewards.score")
+    assert config["model"]["init_args"]["reward"]["init_args"]["function"] == "my_rewards.score"
+
+
 def test_users_trainer_values_win(run):
     config = resolved(run, "--config", "sft.yaml", "--trainer.num_sanity_val_steps=2", "--trainer.inference_mode=true")
     assert config["trainer"]["num_sanity_val_steps"] == 2
@@ -270,6 +287,7 @@ def test_a_run_folder_holds_the_whole_record(run, place):
     folder = place / "runs/first/sft/version_0"
     assert answer.out.splitlines()[-1].startswith(f"run {folder.relative_to(place)} · model ")
     assert "val/loss" in answer.out.splitlines()[-1]
+    assert any(line.startswith("epoch 1 · step 8/8 · val/loss ") for line in answer.out.splitlines())
 
     rows = metrics(folder)
     steps = [int(row["step"]) for row in rows if row["train/loss"]]
@@ -290,6 +308,16 @@ def test_a_run_folder_holds_the_whole_record(run, place):
 
     again = resolved(run, "--config", folder / "config.yaml")
     assert again == yaml.safe_load((folder / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("ci", "terminal", "kind"),
+    [("", True, LiveProgress), ("", False, PlainProgress), ("true", True, PlainProgress), ("0", True, LiveProgress)],
+)
+def test_the_bar_is_for_terminals_alone(monkeypatch, ci, terminal, kind):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    assert type(progress_bar()) is kind
 
 
 def test_a_later_stage_starts_from_an_earlier_run(run, place):
@@ -384,7 +412,7 @@ def test_a_checkpoint_changes_no_value_that_the_user_set(run, place):
         "loss": {"class_path": "DPOLoss", "init_args": {"beta": 0.1}},
     }
     torch.save(checkpoint, path)
-    assert run("validate", "--config", "dpo.yaml", "--ckpt_path=last", "--model.loss.beta=0.7").status == 0
+    assert run("validate", "--config", "dpo.yaml", f"--ckpt_path={path}", "--model.loss.beta=0.7").status == 0
     config = yaml.safe_load(Path("runs/dpo/version_1/config.yaml").read_text())
     assert config["model"]["init_args"]["loss"]["init_args"]["beta"] == 0.7
     trained = [float(row["val/margin"]) for row in metrics("runs/dpo/version_0") if row["val/margin"]][-1]
@@ -413,6 +441,9 @@ SHORT = ["--config", "sft.yaml", "--config", OVERLAYS / "wandb.yaml", "--config"
 
 
 def offline_log(folder: Path) -> Path:
+    import wandb
+
+    wandb.teardown()  # as at the end of a process: its service closes the file
     (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     return log
 
