@@ -159,7 +159,7 @@ def test_killed_and_resumed_equals_uninterrupted(command, start, tmp_path, small
     assert final(killed)["global_step"] == 5
     assert not (killed / "hf").exists()
     if algorithm == "ppo":
-        (state,) = [s for s in final(killed)["loops"]["fit_loop"]["state_dict"]["combined_loader"]]
+        (state,) = list(final(killed)["loops"]["fit_loop"]["state_dict"]["combined_loader"])
         assert state["buffer"] is not None, "the checkpoint stands in the middle of a rollout"
 
     answer = command("fit", "--config", f"{algorithm}.yaml", "--name=killed", "--ckpt_path=last")

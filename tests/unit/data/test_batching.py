@@ -214,7 +214,9 @@ def test_state_brings_the_buffer_back(step: int) -> None:
     resumed = rollouts(policy)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     rest = list(islice(resumed, 36 - step))  # Lightning asks for what is left of its pass
-    assert [rollout for rollout, _, _ in policy.asked] == [r for r in range(3) if r * 12 >= step], "no rollout is redone"
+    assert [rollout for rollout, _, _ in policy.asked] == [r for r in range(3) if r * 12 >= step], (
+        "no rollout is redone"
+    )
     for a, b in zip(rest, whole[step:], strict=True):
         assert a.micro_batch_tokens == b.micro_batch_tokens
         for name in ("old_logprobs", "values", "advantages", "returns"):
