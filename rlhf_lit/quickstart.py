@@ -109,7 +109,7 @@ def reward_accuracy() -> tuple[float, int]:
     return float(metrics["val/accuracy"]), len(data.examples["validation"])
 
 
-def _print(rows: dict, responses: dict[str, list[str]], prompts: list[str]) -> None:  # type: ignore[type-arg]
+def _print(rows: dict, responses: dict[str, list[str]], prompts: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
