@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.cli import Parser
+from rlhf_lit.cli import Parser, hush
 from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation.sampling import draw
 from rlhf_lit.models.loading import Base
@@ -59,5 +59,6 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="rlhf-lit chat", description=f"Talk to a model; {HELP}.")
     parser.add_function_arguments(converse, as_positional=True)
     arguments = parser.instantiate_classes(parser.parse_args(argv))
+    hush()
     converse(**arguments.as_dict())
     return 0

@@ -257,7 +257,7 @@ def _while_restoring(error: BaseException) -> bool:
     return any("checkpoint_connector" in module for module, _ in _frames(error))
 
 
-def _hush() -> None:
+def hush() -> None:
     """Lightning's banners and the warnings that do not apply to runs made here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -275,7 +275,7 @@ def main(argv: list[str]) -> int:
         UserError: bad input, in one line.
         SystemExit: 2 from the parser (its line is printed), 0 after ``--help`` or ``--print_config``.
     """
-    _hush()
+    hush()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(
             os.getcwd()

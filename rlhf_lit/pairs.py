@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.cli import Parser
+from rlhf_lit.cli import Parser, hush
 from rlhf_lit.data import playground
 from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation.sampling import draw
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
     parser.add_function_arguments(write_pairs)
     arguments = parser.parse_args(argv)
     arguments = parser.instantiate_classes(arguments)
+    hush()
     count = write_pairs(**arguments.as_dict())
     print(f"{count} pairs in {arguments.to}")
     return 0

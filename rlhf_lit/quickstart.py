@@ -7,12 +7,16 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_lit import cli, pairs
 from rlhf_lit.cli import Parser
 from rlhf_lit.data import playground
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base
+
+if TYPE_CHECKING:
+    from rlhf_lit.evaluation.scoreboard import Row
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDER = Path("runs/quickstart")
@@ -109,7 +113,7 @@ def reward_accuracy() -> tuple[float, int]:
     return float(metrics["val/accuracy"]), len(data.examples["validation"])
 
 
-def _print(rows: dict, responses: dict[str, list[str]], prompts: list[str]) -> None:
+def _print(rows: dict[str, Row], responses: dict[str, list[str]], prompts: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -134,5 +138,7 @@ def main(argv: list[str]) -> int:
     """Run ``quickstart``."""
     parser = Parser(prog="rlhf-lit quickstart", description="The whole pipeline in the built-in world.")
     parser.add_argument("--overlays", type=list[str], default=[], help="Configs laid over all four stages.")
-    run(parser.parse_args(argv).overlays)
+    overlays = parser.parse_args(argv).overlays
+    cli.hush()
+    run(overlays)
     return 0

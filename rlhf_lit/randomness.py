@@ -58,7 +58,7 @@ def gumbel_noise(keys: Tensor, position: int, vocabulary: int) -> Tensor:
     A counter-based generator (SplitMix64 over the token ids), so that a row's noise depends on its key alone, on any
     device. argmax(logits/T + noise) is then a sample of softmax(logits/T) (the Gumbel-max trick).
     """
-    stream = _mix(keys + (position + 1) * _GOLDEN)
+    stream = _mix(keys + torch.full_like(keys, position + 1) * _GOLDEN)
     counter = torch.arange(1, vocabulary + 1, device=keys.device, dtype=torch.int64)
     bits = _mix(stream[:, None] + counter * _GOLDEN)
     uniform = (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) / 2**53

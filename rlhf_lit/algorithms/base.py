@@ -294,7 +294,7 @@ class Algorithm(LightningModule):
             assert isinstance(average, MeanMetric)
             average.update(value, weight)
             shown = name == "loss" or name in self.progress_metrics
-            self.log(key, average, prog_bar=shown, batch_size=batch_size)
+            self.log(key, average, prog_bar=shown, batch_size=batch_size, metric_attribute=f"averages.{key}")
 
     def average(self, key: str) -> Tensor:
         """The mean of an evaluation so far, over all ranks."""

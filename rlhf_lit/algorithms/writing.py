@@ -41,10 +41,11 @@ class WritingAlgorithm(Algorithm):
             return sample(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
 
     def response_texts(self, samples: Samples) -> list[str]:
-        """The responses as text, without special tokens."""
+        """The responses as text, without special tokens and surrounding white space (a template may put a space
+        between the role's name and the answer)."""
         sequences = samples.sequences
         ids = [row[mask].tolist() for row, mask in zip(sequences.tokens.cpu(), sequences.mask.cpu(), strict=True)]
-        return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def completions(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Prompts and responses as text, for files and people."""
