@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 COMPARED = ("train/loss", "train/grad_norm", "train/accuracy", "val/loss", "val/accuracy", "val/perplexity")
 
 
@@ -65,7 +65,7 @@ def test_two_processes_make_the_steps_of_one(command, start, tmp_path):
     two = {
         name: start(
             "fit", "--config", f"{name}.yaml", "--runs=two", "--trainer.strategy=ddp", "--trainer.devices=2"
-        )  # fmt: skip
+        )
         for name in ("sft", "dpo")
     }
     for name in two:

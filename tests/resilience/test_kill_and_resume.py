@@ -1,4 +1,4 @@
-"""A run that is killed and resumed ends where the uninterrupted one ends, to the bit, and obeys its own command line."""
+"""A run that is killed and resumed ends where the uninterrupted one ends, to the bit, and obeys its own command."""
 
 from __future__ import annotations
 
