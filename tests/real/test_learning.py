@@ -50,7 +50,7 @@ def above_chance(accuracy: float, pairs: int) -> float:
 
 
 def test_sft_learns_instructions(command, real_data, stories):
-    """From 3.9 nats per token on held-out answers to 2.1; what plain English costs this model is part of both."""
+    """Held-out answers cost 4.62 nats per token before and 2.19 after, when this was written."""
     argv = (
         "--config", str(CONFIGS / "sft/stories260k_instructions.yaml"), stories,
         f"--data.train.path={real_data / 'rasbt_llm_book' / 'instruction-data.json'}",
@@ -63,6 +63,7 @@ def test_sft_learns_instructions(command, real_data, stories):
 
 
 def test_reward_model_tells_harmless_answers(command, real_data, stories):
+    """0.650 of 254 held-out pairs when this was written, five standard errors above chance."""
     argv = (
         "--config", str(CONFIGS / "reward/hh_small.yaml"), stories,
         f"--data.train.path={real_data / 'hh_harmless_test' / 'test.jsonl.gz'}",
@@ -76,6 +77,7 @@ def test_reward_model_tells_harmless_answers(command, real_data, stories):
 
 
 def test_dpo_prefers_harmless_answers(command, real_data, stories):
+    """Held-out loss 0.657 and 0.614 of 254 pairs, when this was written."""
     argv = (
         "--config", str(CONFIGS / "dpo/hh_small.yaml"), stories,
         f"--data.train.path={real_data / 'hh_harmless_test' / 'test.jsonl.gz'}",
@@ -86,6 +88,19 @@ def test_dpo_prefers_harmless_answers(command, real_data, stories):
     assert after["val/loss"] < math.log(2) - 0.005
     assert above_chance(after["val/accuracy"], pairs=254) > 2
     assert after["val/margin"] > 0
+
+
+@pytest.mark.soak
+def test_reward_model_on_longer_dialogues(command, real_data, stories):
+    """Twice the length, 389 held-out pairs, about three minutes: 0.644 when this was written, 5.9 standard errors."""
+    argv = (
+        "--config", str(CONFIGS / "reward/hh_small.yaml"), stories,
+        f"--data.train.path={real_data / 'hh_harmless_test' / 'test.jsonl.gz'}",
+        "--data.max_length=256", "--data.batch_size=32", "--data.cache=null", "--trainer.accelerator=cpu",
+    )  # fmt: skip
+    said(command("fit", *argv))
+    after = measured("reward/hh_small/version_0")
+    assert above_chance(after["val/accuracy"], pairs=389) > 4
 
 
 @pytest.fixture
@@ -102,7 +117,10 @@ def openings(real_data: Path, tmp_path: Path) -> tuple[str, str]:
 
 
 def test_ppo_learns_cheerfulness_from_a_function(command, real_data, stories, openings, monkeypatch):
-    """Mean VADER compound of continuations of held-out openings: up by at least 0.3, within 10 nats of the model."""
+    """Mean VADER compound of continuations of held-out openings: up by at least 0.3, within 10 nats of the model.
+
+    From 0.25 to 0.80 at an exact KL of 6.8 nats, when this was written.
+    """
     pytest.importorskip("vaderSentiment", reason="the sentiment score needs the package vaderSentiment")
     monkeypatch.syspath_prepend(str(ROOT))
     argv = (
