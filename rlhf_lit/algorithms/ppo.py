@@ -31,7 +31,7 @@ from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.rollout.engine import Samples, Sampling
-from rlhf_lit.rollout.rewards import RewardSource
+from rlhf_lit.rollout.rewards import MissingEOS, RewardSource
 
 # Scoring keeps no activations, so more padded tokens fit than in a training micro-batch.
 SCORING_BUDGET = 4
@@ -53,24 +53,6 @@ class Critic:
     def __post_init__(self) -> None:
         if self.trunk and self.init != "policy":
             raise UserError("critic.init: a critic on the policy's trunk starts from the policy; set it to policy")
-
-
-@dataclass(frozen=True)
-class MissingEOS:
-    """What becomes of the score of a response that was cut at the length limit.
-
-    Args:
-        rule: `subtract` the value from the score, or `replace` the score by it.
-        value: the number.
-    """
-
-    rule: Literal["subtract", "replace"]
-    value: float
-
-    def __call__(self, scores: Tensor, ended: Tensor) -> Tensor:
-        """[rows] scores → [rows] scores, changed where ``ended`` is False."""
-        changed = scores - self.value if self.rule == "subtract" else torch.full_like(scores, self.value)
-        return torch.where(ended, scores, changed)
 
 
 class PPO(WritingAlgorithm):

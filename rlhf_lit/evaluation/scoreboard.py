@@ -118,7 +118,7 @@ def exact_kl_per_response(module: SFT, samples: Samples) -> list[float]:
 def _best_of(module: SFT, conversations: list[list[Message]], reward: str) -> tuple[list[str], list[int]]:
     """Of ``BEST_OF`` samples to each prompt, the one the reward model likes best."""
     samples, texts = draw(module, conversations, samples=BEST_OF, stream=2)
-    scores = score_sequences(load_scorer(Base(name=reward)), samples.sequences, SCORING_TOKENS)
+    scores = score_sequences(load_scorer(Base(name=reward), trained=True), samples.sequences, SCORING_TOKENS)
     best = scores.view(-1, BEST_OF).argmax(-1)
     lengths = samples.sequences.mask.sum(-1).view(-1, BEST_OF)
     rows = torch.arange(len(best))

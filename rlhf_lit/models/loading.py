@@ -128,16 +128,20 @@ def load_causal_lm(base: Base) -> nn.Module:
     return model
 
 
-def load_scorer(base: Base) -> nn.Module:
-    """The base as a sequence classifier with one score, its head in float32.
+def load_scorer(base: Base, trained: bool = False) -> nn.Module:
+    """The base as a sequence classifier with one score, its head in float32, in eval mode.
 
-    A head that the folder holds is kept; a new one is drawn normal with standard deviation 1/√(d+1) (Ziegler et al.
-    2019, §2.1).
+    A head that comes with the weights is kept; a new one is drawn normal with standard deviation 1/√(d+1) (Ziegler et
+    al. 2019, §2.1).
+
+    Args:
+        base: where it is.
+        trained: the base must be a reward model: it must come with a head.
     """
     model = _load(base, "AutoModelForSequenceClassification", {"num_labels": 1})
     inner = unwrapped(model)
-    if not isinstance(getattr(inner, "score", None), nn.Module):
-        raise UserError(f"base.name: {type(inner).__name__} has no `score` head; a decoder-only model is needed")
+    if trained and inner.new_head:
+        raise UserError(f"{base.name} is no reward model: it has no trained score head, and a new one scores at random")
     # The constant found after training; an adapter folder has no config.json of its own to hold it.
     if (bias := stored_bias(base.folder)) is not None:
         inner.config.reward_bias = bias
@@ -188,6 +192,7 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
     }
     if base.attention is not None:
         keywords["attn_implementation"] = base.attention
+    missing = {"score.weight"}  # of the weights; a fresh model's are all drawn anew
     try:
         if base.fresh:
             config = transformers.AutoConfig.from_pretrained(weights.folder, **keywords)
@@ -197,20 +202,27 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
         else:
             if base.quantization:
                 keywords["quantization_config"] = _quantization_config(base.quantization)
-            model = auto.from_pretrained(weights.folder, dtype=dtype, **keywords)
+            model, loaded = auto.from_pretrained(
+                weights.folder, dtype=dtype, output_loading_info=True, **keywords
+            )
+            missing = set(loaded["missing_keys"])
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.name: {weights.folder!r} could not be loaded: {_first_line(error)}") from None
-    model.eval()
-    if "num_labels" in extra:
-        _prepare_score_head(model, weights.folder if not base.fresh else None)
+    scorer = "num_labels" in extra
+    if scorer:
+        _prepare_score_head(model, new="score.weight" in missing)
+    elif not base.fresh and missing:
+        raise UserError(
+            f"base.name: {weights.folder!r} is no whole language model, it lacks {', '.join(sorted(missing))}"
+        )
     if base.quantization:
         _keep_4bit_layout(model)
     if base.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if base.lora or adapter_folder:
         model.requires_grad_(False)
-        model = _with_adapter(model, base, adapter_folder, weights.folder, scorer="num_labels" in extra)
-    return cast("nn.Module", model)
+        model = _with_adapter(model, base, adapter_folder, weights.folder, scorer)
+    return cast("nn.Module", model.eval())
 
 
 def _quantization_config(quantization: Quantization) -> Any:
@@ -235,24 +247,19 @@ def _keep_4bit_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _prepare_score_head(model: Any, folder: str | None) -> None:
-    """The `score` head in float32, drawn anew unless the folder holds a trained one."""
-    head = model.score
-    if folder is None or not _holds_score(folder):
+def _prepare_score_head(model: Any, new: bool) -> None:
+    """The `score` head in float32, drawn anew unless it came with the weights; ``model.new_head`` tells which."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Module):
+        raise UserError(f"base.name: {type(model).__name__} has no `score` head; a decoder-only model is needed")
+    model.new_head = new
+    if new:
         width = head.weight.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
             values = torch.randn(head.weight.shape) / (width + 1) ** 0.5
         head.weight.data.copy_(values)
     head.float()
-
-
-def _holds_score(folder: str) -> bool:
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        return False
-    architectures = json.loads(file.read_text()).get("architectures") or [""]
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 def _with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_folder: str, scorer: bool) -> Any:
@@ -280,12 +287,17 @@ def _with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_fo
         raise UserError(f"base.lora: {_first_line(error)}") from None
     if adapter_folder:
         loaded = load_peft_weights(adapter_folder, device="cpu")
-        if scorer and not any("score" in key for key in loaded):
+        has_head = any("score" in key for key in loaded)
+        if has_head and not scorer:
+            raise UserError(f"base.name: {adapter_folder!r} is a reward model's adapter, no language model's")
+        if scorer:
+            wrapped.get_base_model().new_head = not has_head
+        if scorer and not has_head:
             # A language model's adapter has no head, but peft asks for one: the new one.
             head = wrapped.get_base_model().score.original_module
             loaded |= {f"base_model.model.score.{name}": weight for name, weight in head.state_dict().items()}
         result = set_peft_model_state_dict(wrapped, loaded)
-        if result.unexpected_keys and not all("score" in key for key in result.unexpected_keys):
+        if result.unexpected_keys:
             raise UserError(f"base.name: the adapter in {adapter_folder} does not fit its base {weights_folder}")
     return wrapped
 

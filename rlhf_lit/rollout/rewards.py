@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,24 @@ from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, Dtype, load_scorer, load_tokenizer, unwrapped
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
+
+
+@dataclass(frozen=True)
+class MissingEOS:
+    """What becomes of the score of a response that was cut at the length limit.
+
+    Args:
+        rule: `subtract` the value from the score, or `replace` the score by it.
+        value: the number.
+    """
+
+    rule: Literal["subtract", "replace"]
+    value: float
+
+    def __call__(self, scores: Tensor, ended: Tensor) -> Tensor:
+        """[rows] scores → [rows] scores, changed where ``ended`` is False."""
+        changed = scores - self.value if self.rule == "subtract" else torch.full_like(scores, self.value)
+        return torch.where(ended, scores, changed)
 
 
 class RewardSource(nn.Module):
@@ -77,7 +96,7 @@ class RewardFromModel(RewardSource):
                 f"reward.path: the reward model in {self.base.name} has another vocabulary than the policy; "
                 "train it from the same base"
             )
-        self.model = load_scorer(self.base).requires_grad_(False).eval()
+        self.model = load_scorer(self.base, trained=True).requires_grad_(False)
 
     def forward(
         self,

@@ -1,0 +1,294 @@
+"""What the three data modules share: files → records → tokens, with a cache, and batches.
+
+``batch_size`` belongs to the experiment: what one optimizer step sees, over all ranks. ``micro_batch_tokens`` belongs
+to the machine: what goes through the device at once; it changes no result.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+
+from rlhf_lit.batches import PromptBatch, Record, Sequences
+from rlhf_lit.data import playground, records
+from rlhf_lit.data.batching import BatchLoader
+from rlhf_lit.data.chat import ChatFormat, Template
+from rlhf_lit.data.records import OnBadRow, RowReport, Source
+from rlhf_lit.data.truncation import Truncation
+from rlhf_lit.errors import UserError
+
+# Part of the tokenisation cache's key: raise it when the same text would give other tokens.
+TOKENISATION_VERSION = 1
+SHOWN_SAMPLES = 8
+
+
+class TextDataModule(LightningDataModule):
+    """What the three share: reading, validating, tokenising with a cache, splitting, batching.
+
+    Args:
+        train: training rows.
+        validation: held-out rows, from a file or split of their own.
+        validation_fraction: instead of `validation`, this fraction of the training rows, always the same ones.
+        test: rows for `test`.
+        predict: rows for `predict`; the test rows, else the validation rows, where it is left out.
+        batch_size: rows per optimizer step, over all ranks.
+        micro_batch_tokens: padded tokens that go through the device at once. Changes no result.
+        max_length: longest prompt + response in tokens.
+        truncation: what to do with a row that is longer: keep the start or the end of its prompt, or drop it. A
+            response is never cut.
+        template: how conversations become text: the tokenizer's own chat template where it has one (`auto`), that
+            or none (`tokenizer`), the built-in `User: … Assistant: …` (`plain`), or the bare text (`none`).
+        on_bad_row: `skip` counts and reports bad rows, `error` stops at the first.
+        world: the built-in world, where a path is `playground`.
+        workers: processes that tokenise.
+        cache: folder of tokenised files, found again by content; null keeps nothing.
+    """
+
+    def __init__(
+        self,
+        train: Source | None = None,
+        validation: Source | None = None,
+        validation_fraction: float = 0.0,
+        test: Source | None = None,
+        predict: Source | None = None,
+        batch_size: int = 64,
+        micro_batch_tokens: int = 8192,
+        max_length: int = 1024,
+        truncation: Truncation = "keep_end",
+        template: Template = "auto",
+        on_bad_row: OnBadRow = "skip",
+        world: playground.World = playground.World(),
+        workers: int = 1,
+        cache: str | None = "~/.cache/rlhf_lit",
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("micro_batch_tokens", micro_batch_tokens)):
+            if value < 1:
+                raise UserError(f"data.{name} must be at least 1, not {value}")
+        if not 0 <= validation_fraction < 1:
+            raise UserError(f"data.validation_fraction must lie in [0, 1), not {validation_fraction}")
+        if validation is not None and validation_fraction:
+            raise UserError("data.validation_fraction: leave it out where data.validation names rows of its own")
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.validation_fraction = validation_fraction
+        self.batch_size = batch_size
+        self.micro_batch_tokens = micro_batch_tokens
+        self.max_length = max_length
+        self.truncation = truncation
+        self.template: Template = template
+        self.on_bad_row: OnBadRow = on_bad_row
+        self.world = world
+        self.workers = workers
+        self.cache = cache
+        self.examples: dict[str, list[Any]] = {}
+        self.reports: dict[str, RowReport] = {}
+        self._chat: ChatFormat | None = None
+
+    # What a subclass says
+
+    def read(self, source: Source) -> tuple[list[Any], RowReport]:
+        """Validated records of a source."""
+        raise NotImplementedError
+
+    def encode(self, record: Any) -> dict[str, Any] | str:
+        """A record's tokens (plain lists), or in a few words why it has none."""
+        raise NotImplementedError
+
+    def collate(self, examples: list[dict[str, Any]]) -> Record:
+        """A typed batch."""
+        raise NotImplementedError
+
+    # Setup
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How text becomes tokens, with the running module's tokenizer."""
+        if self._chat is None:
+            assert self.trainer is not None
+            module: Any = self.trainer.lightning_module
+            self._chat = ChatFormat(module.tokenizer, self.template)
+        return self._chat
+
+    @property
+    def _bos(self) -> int | None:
+        return self.chat.tokenizer.bos_token_id
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise what the stage needs, once."""
+        needed = {
+            "fit": ("train", "validation"),
+            "validate": ("validation",),
+            "test": ("test",),
+            "predict": ("predict",),
+        }[stage]
+        for name in needed:
+            if name not in self.examples:
+                self._load(name)
+        if stage == "fit" and not self.examples.get("train"):
+            raise UserError("data.train: name the training rows, e.g. data.train.path=FILE")
+        if stage != "fit" and not self.examples.get(needed[0]):
+            raise UserError(f"data.{needed[0]}: name the rows to {stage}, e.g. data.{needed[0]}.path=FILE")
+
+    def _load(self, name: str) -> None:
+        source = self.sources[name]
+        if name == "predict" and source is None:
+            source = self.sources["test"] or self.sources["validation"]
+        if source is not None:
+            self.examples[name] = self._tokenised(name, source)
+        if name == "validation" and self.validation_fraction and "train" not in self.examples:
+            self._load("train")
+        if name == "train" and self.validation_fraction and source is not None:
+            rows = self.examples["train"]
+            # The same rows whatever the run's seed, so that arms of a sweep are compared on the same ones.
+            order = np.random.default_rng(0).permutation(len(rows))
+            held_out = max(1, round(self.validation_fraction * len(rows)))
+            self.examples["validation"] = [rows[i] for i in sorted(order[:held_out])]
+            self.examples["train"] = [rows[i] for i in sorted(order[held_out:])]
+
+    def _tokenised(self, name: str, source: Source) -> list[dict[str, Any]]:
+        """Rows of a source as token lists; bad ones counted and reported."""
+        found, report = self.read(source)
+        encoded = self._encode_all(found, name)
+        kept = []
+        for record, tokens in zip(found, encoded, strict=True):
+            if isinstance(tokens, str):
+                if self.on_bad_row == "error":
+                    raise UserError(
+                        f"data.{name}: {report.file} row {record.row}: {tokens}; mend it or set on_bad_row: skip"
+                    )
+                report.drop(tokens, record.row)
+            else:
+                kept.append({**tokens, "source": record.source, "row": record.row})
+        self.reports[name] = report
+        _report(f"{name}: {report.summary()}")
+        if moved := sum(bool(row.get("moved")) for row in kept):
+            _report(
+                f"{name}: in {moved} rows the prompt's own tokens are not a prefix of the row's; the response starts "
+                "at the common prefix"
+            )
+        if not kept:
+            raise UserError(f"data.{name}: no usable row is left of {report.summary()}")
+        return kept
+
+    def _encode_all(self, found: Sequence[Any], name: str) -> list[dict[str, Any] | str]:
+        """Tokens of each record, through `datasets`: in parallel, with progress, found again by content."""
+        import datasets
+
+        rows = [json.dumps(_content(record), ensure_ascii=False, default=str) for record in found]
+        digest = xxhash.xxh3_128()
+        options = [type(self).__name__, self.chat.fingerprint, self.max_length, self.truncation, TOKENISATION_VERSION]
+        for piece in (json.dumps(options), *rows):
+            digest.update(piece.encode())
+        key = digest.hexdigest()
+        file = Path(self.cache).expanduser() / f"{key}.arrow" if self.cache else None
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                return [json.loads(tokens) for tokens in datasets.Dataset.from_file(str(file))["tokens"]]
+        progress = datasets.Dataset.from_dict({"index": list(range(len(found)))})
+        mapped = progress.map(
+            lambda row: {"tokens": json.dumps(self._encoded_or_reason(found[row["index"]]))},
+            num_proc=self.workers if self.workers > 1 else None,
+            desc=f"Tokenising {name}",
+            new_fingerprint=key,
+            remove_columns=["index"],
+            keep_in_memory=True,
+        )
+        encoded = mapped["tokens"]
+        if file is not None:
+            partial = file.with_suffix(f".{torch.randint(2**62, ()).item()}.partial")
+            _write_arrow(mapped, partial)
+            partial.replace(file)
+        return [json.loads(tokens) for tokens in encoded]
+
+    def _encoded_or_reason(self, record: Any) -> dict[str, Any] | str:
+        try:
+            return self.encode(record)
+        except UserError as error:  # a chat template that refuses this conversation
+            return str(error)
+
+    # Loaders
+
+    def _loader(self, name: str, shuffle: bool) -> BatchLoader | list[Any]:
+        examples = self.examples.get(name)
+        if not examples:
+            return []
+        return BatchLoader(examples, self.batch_size, self.collate, shuffle, *self._rank())
+
+    def _rank(self) -> tuple[int, int]:
+        assert self.trainer is not None
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def train_dataloader(self) -> Any:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return self._loader("validation", shuffle=False)
+
+    def test_dataloader(self) -> Any:
+        return self._loader("test", shuffle=False)
+
+    def predict_dataloader(self) -> Any:
+        return self._loader("predict", shuffle=False)
+
+    def batches_in_order(self, limit: int) -> Iterator[Record]:
+        """The first ``limit`` training rows in the file's order."""
+        rows = self.examples["train"][:limit]
+        for start in range(0, len(rows), self.batch_size):
+            yield self.collate(rows[start : start + self.batch_size])
+
+    def sample_prompts(self) -> PromptBatch | None:
+        """A few held-out prompts (training ones where nothing is held out) to watch the policy by."""
+        rows = (self.examples.get("validation") or self.examples.get("train") or [])[:SHOWN_SAMPLES]
+        return self.prompt_batch([(row, i, 0) for i, row in enumerate(rows)]) if rows else None
+
+    def prompt_batch(self, items: Sequence[tuple[dict[str, Any], int, int]]) -> PromptBatch:
+        """A prompt batch of [(example, stream index, sample number)]."""
+        prompts = [row["prompt"] for row, _, _ in items]
+        return PromptBatch(
+            Sequences.pad(prompts, [[False] * len(p) for p in prompts]),
+            torch.tensor([index for _, index, _ in items], dtype=torch.int64),
+            torch.tensor([sample for _, _, sample in items], dtype=torch.int64),
+            tuple(row["text"] for row, _, _ in items),
+            tuple(row["source"] for row, _, _ in items),
+            self.micro_batch_tokens,
+        )
+
+    def prompt_text(self, messages: Sequence[records.Message]) -> str:
+        """The prompt as a reward function and a reader see it: a single turn bare, a dialogue rendered."""
+        return messages[0].content if len(messages) == 1 else self.chat.render_prompt(messages)
+
+    def prompt_loader(self, name: str) -> BatchLoader | list[Any]:
+        """Prompts of a split, to be answered."""
+        rows = self.examples.get(name)
+        if not rows:
+            return []
+        items = [(row, i, 0) for i, row in enumerate(rows)]
+        return BatchLoader(items, self.batch_size, self.prompt_batch, False, *self._rank())
+
+
+@rank_zero_only
+def _report(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _content(record: Any) -> Any:
+    """What a record's tokens depend on: everything but the row it came from."""
+    return {k: v for k, v in vars(record).items() if k not in ("source", "row")}
+
+
+def _write_arrow(dataset: Any, file: Path) -> None:
+    from datasets.arrow_writer import ArrowWriter
+
+    with ArrowWriter(path=str(file), features=dataset.features) as writer:
+        writer.write_table(dataset.data.table)
+        writer.finalize()
