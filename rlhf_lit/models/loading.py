@@ -202,9 +202,7 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
         else:
             if base.quantization:
                 keywords["quantization_config"] = _quantization_config(base.quantization)
-            model, loaded = auto.from_pretrained(
-                weights.folder, dtype=dtype, output_loading_info=True, **keywords
-            )
+            model, loaded = auto.from_pretrained(weights.folder, dtype=dtype, output_loading_info=True, **keywords)
             missing = set(loaded["missing_keys"])
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.name: {weights.folder!r} could not be loaded: {_first_line(error)}") from None
