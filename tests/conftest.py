@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -67,7 +69,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """``start("fit", …)``: the command line in a process of its own, working in the test's own folder.
 
-    The folders given as ``path`` can be imported from there. Processes that are left are killed after the test.
+    The folders given as ``path`` can be imported from there. What is left of it after the test, the processes of its
+    other ranks included, is killed.
     """
     started: list[subprocess.Popen[str]] = []
 
@@ -80,12 +83,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         started.append(process)
         return process
 
     yield call
     for process in started:
-        if process.poll() is None:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
