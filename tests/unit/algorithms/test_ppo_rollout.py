@@ -1,16 +1,18 @@
 """A rollout's experience, rebuilt from its tokens by hand."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
 from rlhf_lit.algorithms import PPO
-from rlhf_lit.algorithms.ppo import MissingEOS
 from rlhf_lit.losses.kl import AdaptiveKL
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.rollout.rewards import MissingEOS
 
 
 def moved(llama: str, **settings: object) -> PPO:
@@ -119,7 +121,7 @@ def test_the_adaptive_coefficient_moves_after_the_rollout(llama: str) -> None:
         kl = float(module._rollout_metrics["objective/kl"])
         assert module._rollout_metrics["objective/kl_coef"] == pytest.approx(before)
         assert module.kl_coefficient == pytest.approx(before * (1 + (0.2 if kl > 0 else -0.2) * 8 / 100))
-    checkpoint: dict[str, object] = {"state_dict": {}}
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     other = moved(llama, kl=AdaptiveKL(0.2))
     other.on_load_checkpoint(checkpoint)
