@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -74,9 +75,7 @@ class Roles(nn.Module):
                 weights and a new head.
             trunk: share the policy's hidden states, and with them its gradients.
         """
-        width = unwrapped(self.policy).config.get_text_config().hidden_size
-        head = scalar_head(width)
-        self.heads["value"] = head
+        self.heads["value"] = scalar_head(unwrapped(self.policy).config.get_text_config().hidden_size)
         if trunk:
             self._adapters["value"] = self._adapters["policy"]
             return
@@ -85,9 +84,12 @@ class Roles(nn.Module):
             if init is not None:
                 self._take_adapter("value", init.folder)
             return
-        scorer: Any = load_scorer(init or base)
+        if init is not None:  # it trains beside the policy, in the same manner
+            init = replace(init, attention=base.attention, gradient_checkpointing=base.gradient_checkpointing)
+        scorer: Any = load_scorer(init or base, trained=init is not None)
         inner = unwrapped(scorer)
         if init is not None:
+            self.heads["value"] = head = scalar_head(inner.score.weight.shape[1])  # it may be a larger model
             head.weight.data.copy_(inner.score.weight.data)
             head.bias.data.fill_(reward_bias(inner))
         inner.score = nn.Identity()
@@ -150,15 +152,25 @@ class Roles(nn.Module):
 
     def _take_adapter(self, name: str, folder: str) -> None:
         """Load the adapter and score head of a reward model trained with LoRA on the same base."""
+        from os.path import realpath
         from pathlib import Path
 
-        from peft import load_peft_weights, set_peft_model_state_dict
+        from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
         if not (Path(folder) / "adapter_config.json").is_file():
             raise UserError(
                 f"critic.init: the policy trains LoRA adapters, but the reward model in {folder} is a full model; "
                 "train it with the same base.lora, or set critic.init: policy"
             )
+        theirs, ours = PeftConfig.from_pretrained(folder), self.policy.peft_config["default"]
+        for field in ("r", "lora_alpha", "use_dora", "use_rslora", "base_model_name_or_path"):
+            value, wanted = getattr(theirs, field), getattr(ours, field)
+            same = realpath(value) == realpath(wanted) if field == "base_model_name_or_path" else value == wanted
+            if not same:
+                raise UserError(
+                    f"critic.init: the adapter in {folder} has {field} {value}, the policy's {wanted}; train the "
+                    "reward model with the policy's base and base.lora, or set critic.init: policy"
+                )
         weights = load_peft_weights(folder, device="cpu")
         score = [value for key, value in weights.items() if "score" in key]
         body = {key: value for key, value in weights.items() if "score" not in key}

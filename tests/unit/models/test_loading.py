@@ -49,7 +49,7 @@ def test_a_language_model_does_not_pass_for_a_reward_model(llama: str, tmp_path:
 @pytest.mark.parametrize("lora", ADAPTERS)
 def test_a_reward_model_does_not_pass_for_a_language_model(llama: str, tmp_path: Path, lora: LoRA | None) -> None:
     reward_model(tmp_path / "reward", llama, lora)
-    with pytest.raises(UserError, match="base.name: .*reward"):
+    with pytest.raises(UserError, match=r"base.name: .*reward"):
         load_causal_lm(Base(name=str(tmp_path / "reward")))
 
 

@@ -1,0 +1,66 @@
+"""A critic that starts from a reward model: of another size, trained in the policy's manner, on the policy's base."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf_lit.algorithms import RewardModel
+from rlhf_lit.algorithms.ppo import Critic
+from rlhf_lit.errors import UserError
+from rlhf_lit.export import save_hf
+from rlhf_lit.models.heads import sequence_scores, token_values
+from rlhf_lit.models.loading import Base, LoRA, unwrapped
+from rlhf_lit.rollout.rewards import RewardFromModel
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    return tiny.save_model(tmp_path / "llama")
+
+
+def reward_folder(tmp_path: Path, base: Base) -> str:
+    save_hf(tiny.build(RewardModel(base)), tmp_path / "reward")
+    return str(tmp_path / "reward")
+
+
+def test_a_critic_of_another_size_starts_with_the_reward_models_scores(llama: str, tmp_path: Path) -> None:
+    larger = tiny.save_model(tmp_path / "larger", hidden_size=48, intermediate_size=64)
+    reward = RewardFromModel(reward_folder(tmp_path, Base(name=larger)))
+    ppo = tiny.make_ppo(Base(name=llama, gradient_checkpointing=True), reward=reward, critic=Critic())
+    rows = tiny.sequences([(3, 4), (2, 6)])
+    with torch.no_grad(), ppo.roles.acting("value") as model:
+        # The value of the state after the last token would be its score; one token back, it is that of the shorter row.
+        values = token_values(model, ppo.roles.heads["value"], rows)
+        shorter = tiny.Sequences(rows.tokens, rows.lengths - 1, rows.mask)
+        scores = sequence_scores(reward.model, unwrapped(reward.model).score, shorter)
+    last = values[torch.arange(2), rows.lengths - 1]
+    torch.testing.assert_close(last, scores, atol=1e-6, rtol=1e-5)
+    layers = [m for m in ppo.roles.models["value"].modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert layers
+    assert all(layer.gradient_checkpointing and layer.training for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("lora", "complaint"),
+    [
+        (LoRA(rank=4, alpha=16), "lora_alpha 16, the policy's 8"),
+        (LoRA(rank=4, alpha=8, rslora=True), "use_rslora True, the policy's False"),
+    ],
+)
+def test_an_adapter_that_would_count_for_more_or_less_is_refused(
+    llama: str, tmp_path: Path, lora: LoRA, complaint: str
+) -> None:
+    reward = RewardFromModel(reward_folder(tmp_path, Base(name=llama, lora=lora)))
+    with pytest.raises(UserError, match=complaint):
+        tiny.make_ppo(Base(name=llama, lora=LoRA(rank=4, alpha=8)), reward=reward, critic=Critic())
+
+
+def test_an_adapter_of_another_base_is_refused(llama: str, tmp_path: Path) -> None:
+    lora = LoRA(rank=4, alpha=8)
+    other = tiny.save_model(tmp_path / "other", seed=1)
+    reward = RewardFromModel(reward_folder(tmp_path, Base(name=other, lora=lora)))
+    with pytest.raises(UserError, match=r"base_model_name_or_path .*other"):
+        tiny.make_ppo(Base(name=llama, lora=lora), reward=reward, critic=Critic())
