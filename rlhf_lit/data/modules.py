@@ -24,6 +24,11 @@ class SFTDataModule(TextDataModule):
     """Demonstrations, in any of the supervised shapes. Arguments: see ``TextDataModule``."""
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
+        if source.path == "playground" and source.split != "train":
+            raise UserError(
+                f"data: the built-in world has demonstrations in the split train alone, not {source.split!r}: "
+                "hold some of them out with data.validation_fraction"
+            )
         rows = playground_rows(source, self.world, playground.demonstrations)
         return records.demonstrations(rows, source, on_bad_row=self.on_bad_row)
 
@@ -38,7 +43,7 @@ class SFTDataModule(TextDataModule):
         return {
             "tokens": fitted[0],
             "mask": fitted[1],
-            "prompt": self.chat.prompt(prompt),
+            "prompt": self.prompt_tokens(prompt),
             "text": self.prompt_text(prompt),
             "moved": encoded.boundary_moved,
         }
@@ -78,7 +83,7 @@ class PreferenceDataModule(TextDataModule):
             "rejected": rejected.tokens,
             "rejected_mask": rejected.mask,
             "margin": record.margin,
-            "prompt": self.chat.prompt(record.prompt),
+            "prompt": self.prompt_tokens(record.prompt),
             "text": self.prompt_text(record.prompt),
             "moved": chosen.boundary_moved,
         }
@@ -171,11 +176,14 @@ class RolloutDataModule(TextDataModule):
 
     def _limit_steps(self, episodes: int) -> None:
         assert self.trainer is not None
-        if self.trainer.max_steps not in (-1, self._steps_for(episodes)) or (self.trainer.max_epochs or -1) != -1:
+        steps = self._steps_for(episodes)
+        if self.trainer.max_steps > steps or (self.trainer.max_epochs or -1) != -1:
             raise UserError(
-                "data.episodes sets the length of the run: leave trainer.max_epochs and trainer.max_steps at -1"
+                "data.episodes sets the length of the run: leave trainer.max_epochs at -1, and trainer.max_steps too "
+                f"(or below the {steps} steps of these episodes, for a trial)"
             )
-        self.trainer.fit_loop.epoch_loop.max_steps = self._steps_for(episodes)
+        if self.trainer.max_steps == -1:
+            self.trainer.fit_loop.epoch_loop.max_steps = steps
 
     def _steps_for(self, episodes: int) -> int:
         per_rollout = self.rollout_size * self.samples_per_prompt

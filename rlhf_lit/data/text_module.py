@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from rlhf_lit.data import playground, records
 from rlhf_lit.data.batching import BatchLoader
 from rlhf_lit.data.chat import ChatFormat, Template
 from rlhf_lit.data.records import OnBadRow, RowReport, Source
-from rlhf_lit.data.truncation import Truncation
+from rlhf_lit.data.truncation import Truncation, truncate_prompt
 from rlhf_lit.errors import UserError
 
 # Part of the tokenisation cache's key: raise it when the same text would give other tokens.
-TOKENISATION_VERSION = 1
+TOKENISATION_VERSION = 2
 SHOWN_SAMPLES = 8
 
 
@@ -205,7 +206,7 @@ class TextDataModule(LightningDataModule):
         )
         encoded = mapped["tokens"]
         if file is not None:
-            partial = file.with_suffix(f".{torch.randint(2**62, ()).item()}.partial")
+            partial = file.with_suffix(f".{uuid4().hex}.partial")  # not torch's generator: a cache may change no result
             _write_arrow(mapped, partial)
             partial.replace(file)
         return [json.loads(tokens) for tokens in encoded]
@@ -248,7 +249,8 @@ class TextDataModule(LightningDataModule):
 
     def sample_prompts(self) -> PromptBatch | None:
         """A few held-out prompts (training ones where nothing is held out) to watch the policy by."""
-        rows = (self.examples.get("validation") or self.examples.get("train") or [])[:SHOWN_SAMPLES]
+        found = self.examples.get("validation") or self.examples.get("train") or []
+        rows = [row for row in found[:SHOWN_SAMPLES] if row["prompt"]]
         return self.prompt_batch([(row, i, 0) for i, row in enumerate(rows)]) if rows else None
 
     def prompt_batch(self, items: Sequence[tuple[dict[str, Any], int, int]]) -> PromptBatch:
@@ -263,16 +265,21 @@ class TextDataModule(LightningDataModule):
             self.micro_batch_tokens,
         )
 
+    def prompt_tokens(self, messages: Sequence[records.Message]) -> list[int]:
+        """The prompt to be answered, cut like a row's; empty where a row has none (plain text without a template)."""
+        tokens = self.chat.prompt(messages)
+        fitted = truncate_prompt(tokens, [False] * len(tokens), self.max_length, self.truncation, self._bos)
+        return fitted[0] if fitted else tokens
+
     def prompt_text(self, messages: Sequence[records.Message]) -> str:
         """The prompt as a reward function and a reader see it: a single turn bare, a dialogue rendered."""
         return messages[0].content if len(messages) == 1 else self.chat.render_prompt(messages)
 
     def prompt_loader(self, name: str) -> BatchLoader | list[Any]:
         """Prompts of a split, to be answered."""
-        rows = self.examples.get(name)
-        if not rows:
+        items = [(row, i, 0) for i, row in enumerate(self.examples.get(name) or []) if row["prompt"]]
+        if not items:
             return []
-        items = [(row, i, 0) for i, row in enumerate(rows)]
         return BatchLoader(items, self.batch_size, self.prompt_batch, False, *self._rank())
 
 

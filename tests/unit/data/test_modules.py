@@ -292,7 +292,14 @@ def test_episodes_set_the_number_of_steps(file, episodes, steps) -> None:
     assert len(module.train_dataloader()) == 10 * 6, "one pass over twenty prompts"
 
 
-@pytest.mark.parametrize("limit", [{"max_steps": 5}, {"max_epochs": 2}, {"max_epochs": -1, "max_steps": 5}])
+def test_a_trials_fewer_steps_stand(file) -> None:
+    """As configs/overlays/debug.yaml sets them."""
+    trainer = Trainer(max_steps=2, **QUIET)
+    rollouts(file(ROWS), trainer, 12)
+    assert trainer.max_steps == 2
+
+
+@pytest.mark.parametrize("limit", [{"max_steps": 13}, {"max_epochs": 2}, {"max_epochs": -1, "max_steps": 13}])
 def test_episodes_and_the_trainers_limits_exclude_each_other(file, limit) -> None:
     with pytest.raises(UserError, match=r"data.episodes sets the length of the run"):
         rollouts(file(ROWS), Trainer(**limit, **QUIET), 12)
@@ -302,3 +309,40 @@ def test_without_episodes_the_trainers_limit_stands(file) -> None:
     trainer = Trainer(max_steps=5, **QUIET)
     rollouts(file(ROWS), trainer, None)
     assert trainer.max_steps == 5
+
+
+# --- what would have gone wrong in silence ---------------------------------------------------------------------------
+
+
+def test_a_cache_leaves_the_random_state_alone(file, tmp_path: Path) -> None:
+    """Else new adapters and heads would differ between a first run and a second one."""
+    source, state = file(ROWS), torch.get_rng_state()
+    for _ in ("written", "found"):
+        ready(SFTDataModule(source, cache=str(tmp_path / "cache")))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_worlds_demonstrations_do_not_pass_for_held_out_ones() -> None:
+    with pytest.raises(UserError, match=r"demonstrations in the split train alone, not 'held_out'"):
+        ready(SFTDataModule(Source("playground"), Source("playground", split="held_out"), cache=None))
+
+
+def test_rows_without_a_prompt_are_not_answered(file) -> None:
+    """Plain text, no template, no BOS: there is nothing to continue."""
+    own = tokenizer()
+    own.bos_token = None
+    rows = [{"text": "lamp and door"}, {"text": "door and lamp"}]
+    module = ready(SFTDataModule(file(rows), predict=file(rows, "other.jsonl"), template="none", cache=None), own=own)
+    assert len(module.examples["train"]) == 2
+    assert module.sample_prompts() is None
+    module.setup("predict")
+    assert module.predict_dataloader() == []
+
+
+@pytest.mark.parametrize("kind", [SFTDataModule, PreferenceDataModule])
+def test_a_rows_prompt_is_cut_like_the_row(file, kind) -> None:
+    rows = [{**PAIRS[0], "completion": "lamp", "prompt": " ".join(["door"] * 60)}]
+    module = ready(kind(file(rows), max_length=24, cache=None))
+    (row,) = module.examples["train"]
+    assert len(row["prompt"]) <= 24
+    assert row["prompt"][0] == tokenizer().bos_token_id
