@@ -1,0 +1,336 @@
+"""The documents, held against the code: paths, names, keys, commands, metrics, row shapes, and the code of a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from rlhf_lit import quickstart
+from rlhf_lit.__main__ import TRAINING, main
+from rlhf_lit.cli import Parser
+from rlhf_lit.data import records
+from rlhf_lit.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+EXTENDING = ROOT / "docs" / "extending.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
+ALGORITHMS = ("SFT", "RewardModel", "PPO", "DPO")
+OVERLAYS = ["--config=configs/overlays/qlora.yaml", "--config=configs/overlays/wandb.yaml"]
+ROOMS = ("configs", "docs", "rlhf_lit", "tests")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```\n", "", page.read_text(), flags=re.S | re.M)
+
+
+def spans(page: Path) -> list[str]:
+    """What stands between backticks, on one line each."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pages
+def test_every_path_and_link_exists(page: Path) -> None:
+    paths = re.findall(rf"(?<![\w./-])(?:{'|'.join(ROOMS)})/[\w./*-]*", "\n".join(spans(page)))
+    assert paths or page.name == "python.md"
+    missing = [path for path in paths if not list(ROOT.glob(path.rstrip("/")))]
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in link]
+    missing += [link for link in links if not (page.parent / link.split("#")[0]).exists()]
+    assert not missing
+
+
+@pages
+def test_every_function_and_class_exists(page: Path) -> None:
+    for span in spans(page):
+        if match := re.fullmatch(r"(rlhf_lit/[\w/]+)\.py:([\w.]+)", span):
+            found: Any = import_module(match[1].replace("/", "."))
+            for name in match[2].split("."):
+                assert hasattr(found, name), span
+                found = getattr(found, name)
+
+
+def parsed(argv: list[str]) -> dict[str, Any]:
+    """What a command of the four resolves to."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main([*argv, "--print_config"])
+    assert status == 0, err.getvalue()
+    return yaml.safe_load(out.getvalue()) or {}
+
+
+def keys_of(config: Any, path: str = "") -> Iterator[str]:
+    """Every dotted key of a resolved configuration, as it is typed on the command line."""
+    for name, value in config.items():
+        key = path if name == "init_args" else f"{path}.{name}".lstrip(".")
+        yield key
+        if isinstance(value, dict):
+            yield from keys_of(value, key)
+
+
+@pytest.fixture(scope="module")
+def known_keys() -> set[str]:
+    """What the four algorithms' configurations have, LoRA, 4-bit and Weights & Biases included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        found: set[str] = set()
+        for name in ("sft/qwen_0.5b", "reward/qwen_0.5b", "ppo/qwen_0.5b", "dpo/qwen_0.5b"):
+            found |= set(keys_of(parsed(["fit", f"--config=configs/{name}.yaml", *OVERLAYS])))
+    return found
+
+
+@pages
+def test_every_key_exists(page: Path, known_keys: set[str]) -> None:
+    for span in spans(page):
+        if match := re.match(r"(?:--)?((?:model|data|trainer|checkpoint)(?:\.[a-z_]+)+)(\+?=|: |$)", span):
+            key = match[1].replace(".init_args", "")
+            assert key in known_keys, f"{page.name}: {key}"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a shell text, comments and `&&` taken apart."""
+    lines = [line.split("  #")[0].strip() for line in text.splitlines()]
+    return [command.strip() for line in lines for command in line.split("&&") if command.strip()]
+
+
+def commands_of(page: Path) -> list[str]:
+    """What a page asks to be typed, in blocks and in its text."""
+    typed = [command for block in blocks(page, "sh") for command in commands(block)]
+    return typed + [span for span in spans(page) if span.startswith(("python -m", "make ", "pip install"))]
+
+
+def commands_in(config: Path) -> list[str]:
+    """The commands of the comment at a config's head."""
+    lines = [line.removeprefix("#").strip() for line in config.read_text().splitlines() if line.startswith("#")]
+    return [command for command in commands("\n".join(lines)) if command.startswith("python -m rlhf_lit")]
+
+
+TYPED = sorted(
+    {command for page in PAGES if page != EXTENDING for command in commands_of(page)}
+    | {command for config in CONFIGS for command in commands_in(config)}
+)
+
+
+class Accepted(Exception):
+    """The parser took the command; nothing more is run."""
+
+
+@pytest.mark.parametrize("command", TYPED)
+def test_every_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)  # reward functions of the tests, as from the repository's root
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert all(word in targets for word in words[1:] if "=" not in word)
+        return
+    if words[0] == "pip":
+        assert words[1] == "install"
+        return
+    assert words[:3] == ["python", "-m", "rlhf_lit"]
+    argv = words[3:]
+    if any("help" in word for word in argv):
+        assert main(argv) == 0
+        return
+    if argv[0] in TRAINING:
+        parsed(argv)
+        return
+
+    parse = Parser.parse_args
+
+    def parse_alone(parser: Parser, *arguments: Any) -> Any:
+        parse(parser, *arguments)
+        raise Accepted
+
+    monkeypatch.setattr(Parser, "parse_args", parse_alone)
+    with pytest.raises(Accepted):
+        main(argv)
+
+
+def test_the_documents_name_commands() -> None:
+    """The search above finds them: a page that it cannot read would pass for a page without any."""
+    assert {"make quickstart", "make test", "pip install -e ."} <= set(TYPED)
+    assert sum(command.startswith("python -m rlhf_lit fit") for command in TYPED) > 20
+    assert sum(command.startswith("python -m rlhf_lit chat") for command in TYPED) == 2
+
+
+def test_what_is_said_of_versions_and_places() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11"
+    assert "Python 3.11 or newer" in (ROOT / "README.md").read_text()
+    assert Path("runs/quickstart/scoreboard.json") == quickstart.FOLDER / "scoreboard.json"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != EXTENDING], ids=lambda page: page.name)
+def test_every_yaml_block_fits_the_config_it_names(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for block in blocks(page, "yaml"):
+        match = re.match(r"# over (\S+)\n", block)
+        assert match, f"{page.name}: a block of YAML must say which config it is laid over"
+        (tmp_path / "block.yaml").write_text(block)
+        resolved = parsed(["fit", f"--config={match[1]}", f"--config={tmp_path / 'block.yaml'}"])
+        assert resolved != parsed(["fit", f"--config={match[1]}"])
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def shape_rows() -> list[tuple[dict[str, Any], list[bool]]]:
+    """The table of row shapes: an example, and which of the three kinds of data it is said to serve."""
+    found = []
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if match := re.match(r"\| `(\{\".*?\})`[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|$", line):
+            found.append((json.loads(match[1]), ["✓" in cell for cell in match.groups()[1:]]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("row", "serves"), shape_rows(), ids=lambda value: "+".join(value) if isinstance(value, dict) else ""
+)
+def test_row_shapes_serve_what_the_table_says(row: dict[str, Any], serves: list[bool]) -> None:
+    readers = (records.demonstrations, records.preferences, records.prompts)
+    for reader, expected in zip(readers, serves, strict=True):
+        try:
+            found, _ = reader([row], records.Source("rows.jsonl"), on_bad_row="error")
+            accepted = len(found) == 1
+        except UserError:
+            accepted = False
+        assert accepted is expected, reader.__name__
+
+
+def test_the_table_of_row_shapes_is_read() -> None:
+    assert len(shape_rows()) == 11
+
+
+# --- metrics, and the page that is run -------------------------------------------------------------------------------
+
+
+RUNS = {"SFT": "sft", "RewardModel": "rewardmodel", "DPO": "hinge", "PPO": "matching", "SimPO": "simpo"}
+
+
+@dataclass
+class Ran:
+    """Runs by algorithm: the rows of their metrics.csv."""
+
+    rows: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    def take(self, name: str, folder: Path) -> None:
+        with (folder / "version_0" / "metrics.csv").open(newline="") as file:
+            self.rows[name] = list(csv.DictReader(file))
+
+    def columns(self, name: str) -> set[str]:
+        """Metrics that were written at least once."""
+        return {key for row in self.rows[name] for key, value in row.items() if value} - {"step", "epoch"}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    """The blocks of docs/extending.md saved and its commands run; beside them SFT and a reward model."""
+    place = tmp_path_factory.mktemp("extending")
+    pairs = [{"prompt": f"what is {i} plus 1?", "chosen": f"{i + 1}.", "rejected": "i cannot help."} for i in range(16)]
+    questions = [{"prompt": f"what is {i} plus 1?", "answer": f"{i + 1}"} for i in range(8)]
+    for name, rows in (("pairs", pairs), ("questions", questions)):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for block in blocks(EXTENDING, "python") + blocks(EXTENDING, "yaml"):
+        name = re.match(r"# (\w+\.(?:py|yaml))\n", block)
+        assert name, "the first line of a block names its file"
+        (place / name[1]).write_text(block)
+    result = Ran()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("HOME", str(place))  # the tokenisation cache
+        patch.syspath_prepend(place)
+        for command in commands_of(EXTENDING):
+            assert main(shlex.split(command)[3:]) == 0, command
+        for algorithm, data in (("SFT", "SFTDataModule"), ("RewardModel", "PreferenceDataModule")):
+            status = main(
+                [
+                    "fit", f"--model={algorithm}", "--model.base.name=playground", "--model.base.fresh=true",
+                    f"--data={data}", "--data.train.path=pairs.jsonl", "--data.validation.path=pairs.jsonl",
+                    "--data.batch_size=8", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+                ]
+            )  # fmt: skip
+            assert status == 0
+        for name, run in {
+            "SFT": "sft", "RewardModel": "rewardmodel", "DPO": "hinge", "PPO": "matching", "SimPO": "simpo"
+        }.items():  # fmt: skip
+            result.take(name, place / "runs" / run)
+    yield result
+    for module in ("my_losses", "my_rewards", "my_kl", "simpo"):
+        sys.modules.pop(module, None)
+    torch.set_grad_enabled(True)
+
+
+def table_of_metrics() -> dict[str, set[str]]:
+    """Algorithm → the metrics that docs/metrics.md says it logs; an empty first cell goes on with the name above."""
+    found: dict[str, set[str]] = {algorithm: set() for algorithm in ALGORITHMS}
+    metric = ""
+    for line in (ROOT / "docs" / "metrics.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) != 6 or not (match := re.fullmatch(r"`([\w/]+)`|", cells[0])):
+            continue
+        metric = match[1] or metric
+        assert all(cells[1:]), f"{metric}: a cell is empty"
+        for algorithm in ALGORITHMS if cells[1] == "all" else cells[1].split(", "):
+            assert metric not in found[algorithm], f"{metric} is defined twice for {algorithm}"
+            found[algorithm].add(metric)
+    return found
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_metric_is_defined_and_every_definition_is_logged(algorithm: str, ran: Ran) -> None:
+    defined, logged = table_of_metrics()[algorithm], ran.columns(algorithm)
+    assert logged - defined == set(), "logged, but not in docs/metrics.md"
+    assert defined - logged == set(), "in docs/metrics.md, but not logged"
+
+
+def first(ran: Ran, name: str, column: str) -> float:
+    return next(float(row[column]) for row in ran.rows[name] if row[column])
+
+
+def test_the_loss_of_the_page_starts_where_it_says(ran: Ran) -> None:
+    assert first(ran, "DPO", "train/loss") == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_reward_and_the_controller_of_the_page_are_at_work(ran: Ran) -> None:
+    coefficients = [float(row["objective/kl_coef"]) for row in ran.rows["PPO"] if row["objective/kl_coef"]]
+    assert coefficients == pytest.approx([0.1, 0.05]), "KL is 0 in the first rollout, so β is halved once"
+    assert first(ran, "PPO", "objective/scores") < 0, "an untrained model does not find the answers"
+
+
+def test_the_algorithm_of_the_page_trains(ran: Ran) -> None:
+    losses = [float(row["train/loss"]) for row in ran.rows["SimPO"] if row["train/loss"]]
+    assert len(losses) == 2
+    # −log σ(−γ) = 0.974 where both sides are alike, as they nearly are for random weights.
+    assert losses[0] == pytest.approx(math.log(1 + math.exp(0.5)), abs=0.5)
+    assert losses[1] < losses[0]
+    assert {"train/accuracy", "val/loss", "val/accuracy"} <= ran.columns("SimPO")
