@@ -63,9 +63,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 def test_two_processes_make_the_steps_of_one(command, start, tmp_path):
     write(tmp_path)
     two = {
-        name: start(
-            "fit", "--config", f"{name}.yaml", "--runs=two", "--trainer.strategy=ddp", "--trainer.devices=2"
-        )
+        name: start("fit", "--config", f"{name}.yaml", "--runs=two", "--trainer.strategy=ddp", "--trainer.devices=2")
         for name in ("sft", "dpo")
     }
     for name in two:
