@@ -247,7 +247,7 @@ def _keep_4bit_layout(model: nn.Module) -> None:
 
 def _prepare_score_head(model: Any, new: bool) -> None:
     """The `score` head in float32, drawn anew unless it came with the weights; ``model.new_head`` tells which."""
-    head = getattr(model, "score", None)
+    head: Any = getattr(model, "score", None)
     if not isinstance(head, nn.Module):
         raise UserError(f"base.name: {type(model).__name__} has no `score` head; a decoder-only model is needed")
     model.new_head = new
