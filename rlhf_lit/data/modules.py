@@ -17,6 +17,9 @@ from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.data.truncation import Truncation, truncate_pair, truncate_prompt
 from rlhf_lit.errors import UserError
 
+# What Lightning makes of a max_epochs that nobody set.
+UNSET_EPOCHS = 1000
+
 __all__ = ["PreferenceDataModule", "RolloutDataModule", "SFTDataModule", "TextDataModule"]
 
 
@@ -177,7 +180,7 @@ class RolloutDataModule(TextDataModule):
     def _limit_steps(self, episodes: int) -> None:
         assert self.trainer is not None
         steps = self._steps_for(episodes)
-        if self.trainer.max_steps > steps or (self.trainer.max_epochs or -1) != -1:
+        if self.trainer.max_steps > steps or self.trainer.max_epochs not in (None, -1, UNSET_EPOCHS):
             raise UserError(
                 "data.episodes sets the length of the run: leave trainer.max_epochs at -1, and trainer.max_steps too "
                 f"(or below the {steps} steps of these episodes, for a trial)"
