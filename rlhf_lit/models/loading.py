@@ -247,9 +247,9 @@ def _keep_4bit_layout(model: nn.Module) -> None:
 
 def _prepare_score_head(model: Any, new: bool) -> None:
     """The `score` head in float32, drawn anew unless it came with the weights; ``model.new_head`` tells which."""
-    head: Any = getattr(model, "score", None)
-    if not isinstance(head, nn.Module):
+    if not isinstance(getattr(model, "score", None), nn.Module):
         raise UserError(f"base.name: {type(model).__name__} has no `score` head; a decoder-only model is needed")
+    head = model.score
     model.new_head = new
     if new:
         width = head.weight.shape[1]
