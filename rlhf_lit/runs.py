@@ -79,12 +79,13 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """A checkpoint file is a zip archive whose end is written last; a sharded one is a folder."""
-    return checkpoint.is_dir() or is_zipfile(checkpoint)
+    """A checkpoint file is a zip archive whose end is written last; a sharded one is a folder with its own index."""
+    return (checkpoint / ".metadata").is_file() if checkpoint.is_dir() else is_zipfile(checkpoint)
 
 
 def resolve_checkpoint(ckpt_path: str, root: str | os.PathLike[str], name: str) -> Path:
-    """The checkpoint that ``--ckpt_path`` names: ``last`` (of this run name), a file, or a run folder.
+    """The checkpoint that ``--ckpt_path`` names: ``last`` (of this run name), a file, a run folder, or all
+    versions of a run, of which it is the newest that has one.
 
     Raises:
         UserError: no such checkpoint.
@@ -98,8 +99,9 @@ def resolve_checkpoint(ckpt_path: str, root: str | os.PathLike[str], name: str) 
     path = Path(ckpt_path)
     if not path.exists():
         raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint")
-    if (path / CHECKPOINTS).is_dir():
-        found = newest_checkpoint(path)
+    runs = [path] if (path / CHECKPOINTS).is_dir() else list(versions(path))
+    if runs:
+        found = next((checkpoint for run in runs if (checkpoint := newest_checkpoint(run))), None)
         if found is None:
             raise UserError(f"--ckpt_path {ckpt_path}: this run folder has no checkpoint")
         return found

@@ -152,3 +152,16 @@ class TestModels:
     def test_nothing(self):
         with pytest.raises(UserError, match="empty"):
             resolve_model(" ")
+
+
+def test_a_run_name_as_checkpoint_means_its_newest_version_that_has_one(tmp_path):
+    make_checkpoint(tmp_path / "sft" / "version_0", "a.ckpt")
+    wanted = make_checkpoint(tmp_path / "sft" / "version_1", "b.ckpt")
+    new_run(tmp_path, "sft")
+    assert resolve_checkpoint(str(tmp_path / "sft"), "runs", "sft") == wanted
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="not a checkpoint"):
+        resolve_checkpoint(str(tmp_path / "data"), "runs", "sft")
