@@ -126,7 +126,9 @@ class RewardModel(Algorithm):
         correlation.reset()
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """The scores of both sides of each pair."""
+        """The scores of both sides of each pair (none where the last batch is smaller than the number of ranks)."""
+        if not len(batch):
+            return []
         chosen, rejected = self.scores(batch.chosen), self.scores(batch.rejected)
         return [
             {"score_chosen": float(a), "score_rejected": float(b), "correct": bool(a > b)}

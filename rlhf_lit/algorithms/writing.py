@@ -79,5 +79,5 @@ class WritingAlgorithm(Algorithm):
         return records
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Completions of a batch of prompts."""
-        return self.completions(batch)
+        """Completions of a batch of prompts (none where the last one is smaller than the number of ranks)."""
+        return self.completions(batch) if len(batch) else []

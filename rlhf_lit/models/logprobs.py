@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_lit.batches import Sequences
+from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import unwrapped
 
 # Logits held at once: 2^24 floats are 64 MiB, 110 positions of a 150 000-token vocabulary.
@@ -21,8 +22,17 @@ CHUNK_LOGITS = 2**24
 
 
 def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
-    """[rows, time] tokens → [rows, time, width] last hidden states, from the body without its head."""
+    """[rows, time] tokens → [rows, time, width] last hidden states, from the body without its head.
+
+    Raises:
+        UserError: more tokens than the model has positions for.
+    """
     inner = unwrapped(model)
+    limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens.shape[1] > limit:
+        raise UserError(
+            f"data.max_length: a sequence of {tokens.shape[1]} tokens does not fit the model's context of {limit}"
+        )
     body = getattr(inner, inner.base_model_prefix)
     return body(input_ids=tokens, use_cache=False).last_hidden_state
 

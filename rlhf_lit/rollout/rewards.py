@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,7 +126,8 @@ class RewardFromFunction(RewardSource):
     """Any function `(prompts, responses, rows) -> scores`, named by its import path.
 
     Args:
-        function: gets lists of prompt texts, response texts and data rows; returns one number for each.
+        function: gets lists of prompt texts, response texts and data rows; returns one number for each, in a list, an
+            array or a tensor.
     """
 
     def __init__(self, function: RewardFunction) -> None:
@@ -142,10 +144,14 @@ class RewardFromFunction(RewardSource):
     ) -> Tensor:
         name = getattr(self.function, "__qualname__", repr(self.function))
         scores = self.function(prompts, responses, rows)
+        if hasattr(scores, "tolist"):  # an array or a tensor
+            scores = scores.tolist()
+        if not isinstance(scores, Sequence):
+            raise UserError(f"reward.function: {name} returned a {type(scores).__name__} instead of a list of numbers")
         if len(scores) != len(responses):
             raise UserError(f"reward.function: {name} returned {len(scores)} scores for {len(responses)} responses")
         for i, score in enumerate(scores):
-            if not isinstance(score, int | float) or score != score:
+            if not isinstance(score, int | float) or not math.isfinite(score):
                 raise UserError(
                     f"reward.function: {name} returned {score!r} instead of a number for the response {responses[i]!r}"
                 )
