@@ -255,13 +255,29 @@ class Algorithm(LightningModule):
         if not parameters:
             raise UserError(f"base.name: nothing of {self.base.name} is trainable")
         optimizer = self.optimizer_settings.build(parameters, self.learning_rate)
-        steps = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": self.schedule_settings.build(optimizer, steps)}
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError("trainer.max_epochs, trainer.max_steps: one of them must say how long the run is")
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule_settings.build(optimizer, int(steps))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable weights only: a LoRA run's checkpoint is megabytes."""
-        kept = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        kept = self._trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what ``strict_loading=False`` would take for a checkpoint and load nothing, or a part, of."""
+        saved, own = set(checkpoint["state_dict"]), self._trainable_names()
+        if saved != own:
+            missing, strange = sorted(own - saved), sorted(saved - own)
+            found = f"it lacks {missing[0]}" if missing else f"it holds {strange[0]}"
+            raise UserError(
+                f"--ckpt_path: the checkpoint is of another model or another base.lora: {found}, and "
+                f"{len(missing) + len(strange) - 1} more names differ"
+            )
+
+    def _trainable_names(self) -> set[str]:
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     # Evaluation
 

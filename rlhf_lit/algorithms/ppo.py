@@ -154,7 +154,7 @@ class PPO(WritingAlgorithm):
 
         metrics = self._summarise(samples, comparison, scores, started, sampled)
         self._rollout_metrics = {**metrics, "value/explained_variance": explained}
-        episodes = int(self.sum_over_ranks(torch.tensor(float(len(prompts)))))
+        episodes = int(self.sum_over_ranks(torch.tensor(float(len(prompts)), device=self.device)))
         after = self.kl.next_beta(self.kl_coefficient, float(metrics["objective/kl"]), episodes)
         self.kl_multiplier = after / self.kl.beta if self.kl.beta else 1.0
         return ExperienceBatch(sequences, comparison.policy, values, advantages, returns, prompts.micro_batch_tokens)
@@ -302,5 +302,6 @@ class PPO(WritingAlgorithm):
         checkpoint["rollout_metrics"] = {name: float(value) for name, value in self._rollout_metrics.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.kl_multiplier = checkpoint["kl_multiplier"]
         self._rollout_metrics = dict(checkpoint["rollout_metrics"])
