@@ -10,6 +10,7 @@ from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.cli import Parser, hush
 from rlhf_lit.data import playground
 from rlhf_lit.data.records import Message
+from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.sampling import draw
 from rlhf_lit.models.loading import Base
 from rlhf_lit.rollout.engine import Sampling
@@ -35,6 +36,9 @@ def write_pairs(
 
     Returns:
         The number of pairs.
+
+    Raises:
+        UserError: there is no pair.
     """
     module = SFT(Base(name=model), sampling=Sampling(max_new_tokens=max_new_tokens, rows_at_once=512))
     module.configure_model()
@@ -43,6 +47,8 @@ def write_pairs(
     prompts = list(dict.fromkeys(prompts))
     _, texts = draw(module, [[Message("user", prompt)] for prompt in prompts], samples)
     pairs = playground.preference_pairs(prompts, texts, world)
+    if not pairs:
+        raise UserError(f"{model}: no two of its answers to a prompt differ in worth; train it longer, or sample more")
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_name(to.name + ".partial")
     partial.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,13 +31,14 @@ LABELS = {
 SHOWN = 6
 
 
-def run(overlays: list[str] | None = None) -> Path:
+def run(overlays: list[str] | None = None, world: playground.World = playground.World()) -> Path:
     """SFT → pairs → reward model → PPO, and DPO; then the scoreboard.
 
     Writes ``runs/quickstart/`` in the current folder.
 
     Args:
         overlays: configs laid over all four stages.
+        world: the built-in world; what differs from the default reaches every stage.
 
     Returns:
         The scoreboard's JSON file.
@@ -48,26 +50,35 @@ def run(overlays: list[str] | None = None) -> Path:
         raise UserError(f"quickstart: no configs in {CONFIGS}; run it from a checkout (pip install -e .)")
     started = time.perf_counter()
     extra = [f"--config={overlay}" for overlay in overlays or []]
+    default = playground.World()
+    changed = {name: value for name, value in asdict(world).items() if value != getattr(default, name)}
 
     def fit(algorithm: str) -> None:
         print(f"\n── {algorithm} ──")
-        cli.main(["fit", f"--config={CONFIGS / algorithm / 'quickstart.yaml'}", *extra])
+        cli.main(
+            ["fit", f"--config={CONFIGS / algorithm / 'quickstart.yaml'}", *extra, *_options("data.world", changed)]
+        )
 
     fit("sft")
     for split, file in (("train", "pairs.jsonl"), ("held_out", "pairs_held_out.jsonl")):
-        pairs.main(["--model", str(FOLDER / "sft"), "--to", str(FOLDER / file), "--split", split])
+        options = ["--model", str(FOLDER / "sft"), "--to", str(FOLDER / file), "--split", split]
+        pairs.main([*options, *_options("world", changed)])
     fit("reward")
     fit("ppo")
     fit("dpo")
     print("\n── scoreboard ──")
-    return evaluate(started)
+    return evaluate(started, world)
 
 
-def evaluate(started: float) -> Path:
+def _options(prefix: str, values: dict[str, object]) -> list[str]:
+    return [f"--{prefix}.{name}={value}" for name, value in values.items()]
+
+
+def evaluate(started: float, world: playground.World) -> Path:
     """Score the four stages on every held-out prompt; print, draw and save."""
     from rlhf_lit.evaluation.scoreboard import as_json, picture, scoreboard
 
-    held_out = list(dict.fromkeys(row["prompt"] for row in playground.prompts(playground.World(), "held_out")))
+    held_out = list(dict.fromkeys(row["prompt"] for row in playground.prompts(world, "held_out")))
     policies = {
         "base": Base(name="playground", fresh=True),
         **{name: Base(name=str(FOLDER / name)) for name in ("sft", "ppo", "dpo")},
@@ -137,8 +148,11 @@ def _print(rows: dict[str, Row], responses: dict[str, list[str]], prompts: list[
 def main(argv: list[str]) -> int:
     """Run ``quickstart``."""
     parser = Parser(prog="rlhf-lit quickstart", description="The whole pipeline in the built-in world.")
-    parser.add_argument("--overlays", type=list[str], default=[], help="Configs laid over all four stages.")
-    overlays = parser.parse_args(argv).overlays
+    parser.add_argument(
+        "--overlays", type=str, nargs="+", default=[], metavar="FILE", help="Configs laid over all four stages."
+    )
+    parser.add_class_arguments(playground.World, "world")
+    arguments = parser.instantiate_classes(parser.parse_args(argv))
     cli.hush()
-    run(overlays)
+    run(arguments.overlays, arguments.world)
     return 0
