@@ -265,6 +265,8 @@ def hush() -> None:
         warnings.filterwarnings("ignore", message=message)
     from transformers.utils import logging as transformers_logging
 
+    if os.environ.get("CI") or not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a bar in a file is a thousand lines
     transformers_logging.disable_progress_bar()  # "Loading weights", for every model of a run
 
 
