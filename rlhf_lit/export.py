@@ -47,8 +47,12 @@ def _save(model: Any, folder: Path, adapter: str) -> None:
 
 def _pad_token(tokenizer: Any) -> str:
     """A token to pad with that is not EOS."""
-    for name in ("pad_token", "unk_token", "bos_token"):
-        token = getattr(tokenizer, name)
-        if token is not None and token != tokenizer.eos_token:
-            return str(token)
-    return str(tokenizer.convert_ids_to_tokens(0))
+    eos = tokenizer.eos_token
+    named = [getattr(tokenizer, name) for name in ("pad_token", "unk_token", "bos_token")]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spare = [token for token in (*named, *special) if token not in (None, eos)]
+    # Becoming the pad token makes a token special, and its spelling is then split off wherever a text holds it: "!"
+    # would change how most texts are cut. No text holds the spelling of a word with its space ("Ġword").
+    regular = sorted(tokenizer.get_vocab().items(), key=lambda entry: -entry[1])
+    spaced = [token for token, _ in regular if token.startswith(("Ġ", "▁"))]
+    return str((*spare, *spaced, *(token for token, _ in regular if token != eos))[0])
