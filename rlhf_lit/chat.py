@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import torch
+
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.cli import Parser, hush
 from rlhf_lit.data.records import Message
@@ -31,6 +33,7 @@ def converse(
     """
     module = SFT(Base(name=model), sampling=replace(sampling, rows_at_once=1))
     module.configure_model()
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
     opening = [Message("system", system)] if system else []
     turns, answered = list(opening), 0
     interactive = sys.stdin.isatty()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -128,7 +129,7 @@ def _print(rows: dict[str, Row], responses: dict[str, list[str]], prompts: list[
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)  # a log has no width of its own
     table = Table(title=f"{len(prompts)} held-out prompts, mean [95 % interval]")
     for column in ("", "gold reward", "win rate vs SFT", "KL to SFT", "length"):
         table.add_column(column, justify="left" if not column else "right")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -108,6 +109,8 @@ class Algorithm(LightningModule):
 
     def __init__(self, base: Base, learning_rate: float, optimizer: Optimizer, schedule: Schedule) -> None:
         super().__init__()
+        if not learning_rate > 0:
+            raise UserError(f"model.learning_rate must be greater than 0, not {learning_rate}")
         self.automatic_optimization = False
         # Checkpoints hold trainable weights only; the frozen base comes from `base` again.
         self.strict_loading = False
@@ -264,9 +267,21 @@ class Algorithm(LightningModule):
         """Keep trainable weights only: a LoRA run's checkpoint is megabytes."""
         kept = self._trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        checkpoint["base"] = self.base.address
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what ``strict_loading=False`` would take for a checkpoint and load nothing, or a part, of."""
+        """Refuse what ``strict_loading=False`` would take for a checkpoint and load nothing, or a part, of.
+
+        Raises:
+            UserError: other trainable weights than this model's; or a run to be continued began from another version of
+                its base (a run name means its newest), which would change the frozen weights and the reference.
+        """
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and checkpoint["base"] != self.base.address:
+            raise UserError(
+                f"--ckpt_path: this run began from {checkpoint['base']}, but model.base.name now means "
+                f"{self.base.address}; name the first one to continue it"
+            )
         saved, own = set(checkpoint["state_dict"]), self._trainable_names()
         if saved != own:
             missing, strange = sorted(own - saved), sorted(saved - own)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
 from rlhf_lit.algorithms.base import Algorithm, Optimizer, Schedule
 from rlhf_lit.batches import PromptBatch
-from rlhf_lit.models.loading import Base, stop_ids
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.loading import Base, context_length, stop_ids
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Samples, Sampling, sample
+
+# The stream of sampling noise for validation, predictions and samples: apart from every rollout's.
+EVALUATION = 2**31
 
 
 class WritingAlgorithm(Algorithm):
@@ -29,14 +34,24 @@ class WritingAlgorithm(Algorithm):
         self.sampling = sampling
         self.roles: Roles
 
-    def respond(self, prompts: PromptBatch, *stream: int) -> Samples:
+    def respond(self, prompts: PromptBatch, stream: int = EVALUATION) -> Samples:
         """One response per row, drawn with noise keyed by (seed, stream, prompt index, sample).
 
         Args:
             prompts: what to answer.
-            stream: numbers that keep one round of sampling apart from another (the rollout).
+            stream: keeps one round of sampling apart from another: the number of the rollout, in training.
+
+        Raises:
+            UserError: a prompt and its response may be longer than the model's context.
         """
-        keys = row_keys(derive_seed("sampling", *stream), prompts.index, prompts.sample)
+        longest = int(prompts.prompts.lengths.max()) + self.sampling.max_new_tokens
+        context = context_length(self.roles.policy)
+        if context is not None and longest > context:
+            raise UserError(
+                f"model.sampling.max_new_tokens: with the longest prompt a response may reach {longest} tokens, and "
+                f"the model's context is {context}; lower it, or data.max_length"
+            )
+        keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
         with self.roles.acting("policy") as model:
             return sample(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
 
@@ -69,6 +84,11 @@ class WritingAlgorithm(Algorithm):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         prompts = datamodule.sample_prompts() if datamodule is not None else None
         if prompts is None:
+            return []
+        # Samples are for people to read: a prompt too long for the context is left out, and ends no training run.
+        room = (context_length(self.roles.policy) or sys.maxsize) - self.sampling.max_new_tokens
+        prompts = prompts.select((prompts.prompts.lengths <= room).nonzero().squeeze(-1))
+        if not len(prompts):
             return []
         training = {name: module.training for name, module in self.named_modules()}
         self.eval()

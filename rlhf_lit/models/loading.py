@@ -98,11 +98,23 @@ class Base:
         """Where the model really is: run folders resolved to their `hf/`, `playground` to the packaged folder."""
         return str(PLAYGROUND) if self.name == "playground" else resolve_model(self.name)
 
+    @property
+    def address(self) -> str:
+        """The same, a folder by its absolute path: what a checkpoint remembers."""
+        return str(Path(self.folder).absolute()) if Path(self.folder).is_dir() else self.folder
 
-def _adapter_config(folder: str) -> dict[str, Any] | None:
-    """The adapter configuration of a folder that holds an adapter, else None."""
-    file = Path(folder) / "adapter_config.json"
-    return cast("dict[str, Any]", json.loads(file.read_text())) if file.is_file() else None
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence a model was made for; None where its config does not say."""
+    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def _adapter_config(base: Base) -> dict[str, Any] | None:
+    """The adapter configuration of a folder or hub repository that holds an adapter, else None."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    file = None if base.fresh else find_adapter_config_file(base.folder, revision=base.revision)
+    return cast("dict[str, Any]", json.loads(Path(file).read_text())) if file else None
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -171,7 +183,7 @@ def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
 def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
     import transformers
 
-    adapter_folder = base.folder if (adapter := _adapter_config(base.folder)) else None
+    adapter_folder = base.folder if (adapter := _adapter_config(base)) else None
     if adapter:
         if base.lora is not None and not _same_adapter(base.lora, adapter):
             raise UserError(
