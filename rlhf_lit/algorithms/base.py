@@ -159,7 +159,20 @@ class Algorithm(LightningModule):
         """Build the models, once."""
         if not self._built:
             self.build()
+            self._check_vocabulary()
             self._built = True
+
+    def _check_vocabulary(self) -> None:
+        """Every token of the tokenizer must have an embedding; a token without one would end a run in its middle."""
+        from transformers import PreTrainedModel
+
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                rows = module.get_input_embeddings().weight.shape[0]
+                if len(self.tokenizer) > rows:
+                    raise UserError(
+                        f"base.tokenizer: it has {len(self.tokenizer)} tokens, and the model only {rows} embeddings"
+                    )
 
     def on_fit_start(self) -> None:
         self.modes()
@@ -199,6 +212,9 @@ class Algorithm(LightningModule):
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+        if self.trainer.global_step == self.trainer.max_steps:
+            # Lightning validates when an epoch ends or a run is told to stop, but not at the last of max_steps.
+            self.trainer.should_stop = True
         self.log_step(self._sum_metrics(totals), norm)
         tokens = float(self.tokens_in(batch))
         self.log("train/tokens_per_s", tokens / (time.perf_counter() - started), prog_bar=True)

@@ -231,7 +231,7 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if base.lora or adapter_folder:
         model.requires_grad_(False)
-        model = _with_adapter(model, base, adapter_folder, weights.folder, scorer)
+        model = _with_adapter(model, base, adapter_folder, weights.address, scorer)
     return cast("nn.Module", model.eval())
 
 

@@ -72,3 +72,9 @@ def test_a_run_goes_on_from_the_base_it_began_with(tmp_path):
     checkpoint["base"] = "runs/sft/version_0/hf"
     with pytest.raises(UserError, match="began from runs/sft/version_0/hf"):
         module.on_load_checkpoint(checkpoint)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
+    name = tiny.save_model(tmp_path, vocab_size=tiny.VOCABULARY - 1)
+    with pytest.raises(UserError, match=f"it has {tiny.VOCABULARY} tokens, and the model only {tiny.VOCABULARY - 1}"):
+        tiny.build(SFT(Base(name)))

@@ -1,0 +1,24 @@
+"""A run that ends by its number of steps, in the middle of an epoch, ends with a validation."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+
+def test_the_last_step_is_followed_by_a_validation(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configs = Path(__file__).parents[2] / "configs"
+    answer = command(
+        "fit",
+        f"--config={configs / 'sft' / 'quickstart.yaml'}",
+        "--name=short",
+        "--data.world.demonstrations=60",
+        "--data.batch_size=8",
+        "--trainer.max_steps=3",
+    )
+    assert answer.status == 0, answer.err
+    with open("runs/short/version_0/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["val/loss"]] == ["2"]
+    assert sum(bool(row["train/loss"]) for row in rows) == 3
