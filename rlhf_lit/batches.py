@@ -194,16 +194,20 @@ class ExperienceBatch(Record):
     Attributes:
         sequences: prompt + response, the mask on the response (EOS included, nothing after it).
         old_logprobs: [rows, time] log-prob of each action under the policy that sampled it, from the training forward.
+        reference_logprobs: [rows, time] the same under the reference.
         values: [rows, time] critic's value of the state in which each action was taken, at sampling time.
         advantages, returns: [rows, time]; 0 off the mask.
+        kl_coefficient: β of this rollout.
         micro_batch_tokens: padded tokens of a micro-batch.
     """
 
     sequences: Sequences
     old_logprobs: Tensor
+    reference_logprobs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    kl_coefficient: float
     micro_batch_tokens: int
 
     def select(self, rows: Tensor) -> ExperienceBatch:
@@ -211,17 +215,10 @@ class ExperienceBatch(Record):
         sequences = self.sequences.select(rows)
         width = sequences.tokens.shape[1]
 
-        def cut(x: Tensor) -> Tensor:
-            return x[rows.to(x.device), :width]
-
-        return ExperienceBatch(
-            sequences,
-            cut(self.old_logprobs),
-            cut(self.values),
-            cut(self.advantages),
-            cut(self.returns),
-            self.micro_batch_tokens,
-        )
+        columns = ("old_logprobs", "reference_logprobs", "values", "advantages", "returns")
+        cut = {name: getattr(self, name) for name in columns}
+        cut = {name: column[rows.to(column.device), :width] for name, column in cut.items()}
+        return replace(self, sequences=sequences, **cut)
 
     def micro_batches(self) -> Iterator[ExperienceBatch]:
         """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens."""

@@ -9,10 +9,10 @@ for a rollout whenever its buffer is spent and hands it back in minibatches, one
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,37 +22,19 @@ from rlhf_lit.algorithms.writing import WritingAlgorithm
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.advantages import generalised_advantages
-from rlhf_lit.losses.kl import KLController, estimate_kl
+from rlhf_lit.losses.kl import KLController, estimate_kl, fixed_point
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, ClippedValueLoss
 from rlhf_lit.losses.reductions import masked_sum, moments, row_sums, whiten
-from rlhf_lit.models.comparison import Comparison, compare_with_reference
+from rlhf_lit.models.comparison import Comparison, compare_with_reference, exact_kl_to_reference
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
-from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.roles import Critic, Roles
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.rewards import MissingEOS, RewardSource
 
 # Scoring keeps no activations, so more padded tokens fit than in a training micro-batch.
 SCORING_BUDGET = 4
-
-
-@dataclass(frozen=True)
-class Critic:
-    """The value function.
-
-    Args:
-        init: a separate critic starts from the reward model, its head included, or from the policy with a new head.
-        trunk: no separate critic but a head on the policy's hidden states; the two losses then share gradients, and
-            `init` must be `policy`.
-    """
-
-    init: Literal["reward", "policy"] = "reward"
-    trunk: bool = False
-
-    def __post_init__(self) -> None:
-        if self.trunk and self.init != "policy":
-            raise UserError("critic.init: a critic on the policy's trunk starts from the policy; set it to policy")
 
 
 class PPO(WritingAlgorithm):
@@ -61,8 +43,8 @@ class PPO(WritingAlgorithm):
     Args:
         base: the model to start from, usually an SFT run; as it was loaded, it is also the reference.
         reward: where scores come from.
-        kl: β and how it moves: FixedKL or AdaptiveKL. The penalty is k1 inside the reward, which has the fixed point
-            π* ∝ π₀·exp(r/β).
+        kl: the KL penalty: β and how it moves (FixedKL or AdaptiveKL), its estimator and its placement. The default,
+            k1 inside the reward, has the fixed point π* ∝ π₀·exp(r/β); not every combination has.
         sampling: how responses are drawn.
         critic: the value function.
         gamma: γ, discount per token.
@@ -117,6 +99,15 @@ class PPO(WritingAlgorithm):
         init = self.reward.critic_base() if self.critic.init == "reward" else None
         self.roles.add_critic(self.base, init, self.critic.trunk)
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if (instead := fixed_point(self.kl.estimator, self.kl.placement)) and self.global_rank == 0:
+            print(
+                f"note: model.kl: {self.kl.estimator} in the {self.kl.placement} converges to {instead} "
+                "(on a one-token bandit; see experiments/kl_fixed_points)",
+                file=sys.stderr,
+            )
+
     def modes(self) -> None:
         self.roles.without_dropout()
         self.reward.eval()
@@ -146,18 +137,29 @@ class PPO(WritingAlgorithm):
 
         comparison, values = self._score_pass(sequences, prompts.micro_batch_tokens)
         scores = self._scores(prompts, samples)
-        rewards = self._token_rewards(scores, comparison, mask)
+        penalty = self._penalty(comparison)
+        rewards = self._token_rewards(scores, penalty, mask)
         advantages, returns = generalised_advantages(rewards, values, mask, self.gamma, self.lam)
         explained = self._explained_variance(values, returns, mask)
         if self.whiten_advantages:
             advantages = whiten(advantages, mask, *map(self.sum_over_ranks, moments(advantages, mask)))
 
-        metrics = self._summarise(samples, comparison, scores, started, sampled)
+        metrics = self._summarise(samples, comparison, scores, penalty, started, sampled)
         self._rollout_metrics = {**metrics, "value/explained_variance": explained}
         episodes = int(self.sum_over_ranks(torch.tensor(float(len(prompts)), device=self.device)))
-        after = self.kl.next_beta(self.kl_coefficient, float(metrics["objective/kl"]), episodes)
+        beta = self.kl_coefficient
+        after = self.kl.next_beta(beta, float(metrics["objective/kl"]), episodes)
         self.kl_multiplier = after / self.kl.beta if self.kl.beta else 1.0
-        return ExperienceBatch(sequences, comparison.policy, values, advantages, returns, prompts.micro_batch_tokens)
+        return ExperienceBatch(
+            sequences,
+            comparison.policy,
+            comparison.reference,
+            values,
+            advantages,
+            returns,
+            beta,
+            prompts.micro_batch_tokens,
+        )
 
     def _score_pass(self, sequences: Sequences, budget: int) -> tuple[Comparison, Tensor]:
         """Policy, reference and critic on the sampled responses, in micro-batches. [rows, time] each."""
@@ -183,9 +185,18 @@ class PPO(WritingAlgorithm):
         )
         return self.missing_eos(scores, samples.ended) if self.missing_eos else scores
 
-    def _token_rewards(self, scores: Tensor, comparison: Comparison, mask: Tensor) -> Tensor:
-        """r_t = −β·k1_t + 1[t = last action]·score. The score sits on the last real action, not one past it."""
-        rewards = -self.kl_coefficient * estimate_kl(comparison.logratio, "k1")
+    def _penalty(self, comparison: Comparison) -> Tensor:
+        """β·kl_t, what each token's reward loses; 0 where the penalty stands in the loss. [rows, time]."""
+        if self.kl.placement == "loss":
+            return torch.zeros_like(comparison.policy)
+        full = self.kl.estimator == "full"
+        return self.kl_coefficient * (
+            comparison.exact_kl if full else estimate_kl(comparison.logratio, self.kl.estimator)
+        )
+
+    def _token_rewards(self, scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
+        """r_t = −β·kl_t + 1[t = last action]·score. The score sits on the last real action, not one past it."""
+        rewards = -penalty
         time_index = torch.arange(mask.shape[1], device=mask.device)
         last = torch.where(mask, time_index, -1).max(-1).values
         rewards[torch.arange(len(rewards), device=mask.device), last] += scores
@@ -202,17 +213,23 @@ class PPO(WritingAlgorithm):
         return 1 - variance(returns - values) / spread if spread > 0 else 0.0
 
     def _summarise(
-        self, samples: Samples, comparison: Comparison, scores: Tensor, started: float, sampled: float
+        self,
+        samples: Samples,
+        comparison: Comparison,
+        scores: Tensor,
+        penalty: Tensor,
+        started: float,
+        sampled: float,
     ) -> dict[str, Tensor | float]:
         """The rollout's numbers: means over episodes on all ranks, unless docs/metrics.md says otherwise."""
         mask = samples.sequences.mask
-        kl = row_sums(comparison.logratio, mask)
+        non_score = -row_sums(penalty, mask)
         per_row = {
-            "objective/kl": kl,
+            "objective/kl": row_sums(comparison.logratio, mask),
             "objective/kl_exact": row_sums(comparison.exact_kl, mask),
             "objective/scores": scores,
-            "objective/non_score_reward": -self.kl_coefficient * kl,
-            "objective/rlhf_reward": scores - self.kl_coefficient * kl,
+            "objective/non_score_reward": non_score,
+            "objective/rlhf_reward": scores + non_score,
             "rollout/length": mask.sum(-1).float(),
             "rollout/eos_rate": samples.ended.float(),
         }
@@ -253,8 +270,18 @@ class PPO(WritingAlgorithm):
                     "policy/ratio_square": ratio.square(),
                 }
                 shares = {name: masked_sum(per_token, mask) / tokens for name, per_token in metrics.items()}
+            loss = masked_sum(losses, mask) / tokens
+            if self.kl.placement == "loss" and self.kl.estimator != "full":
+                estimate = estimate_kl(logprobs - batch.reference_logprobs, self.kl.estimator)
+                kl_loss = masked_sum(estimate, mask) / tokens
+                loss, shares["policy/kl_loss"] = loss + batch.kl_coefficient * kl_loss, kl_loss.detach()
             # The backward pass of this share runs before the role is given up.
-            yield Share(masked_sum(losses, mask) / tokens, shares)
+            yield Share(loss, shares)
+        if self.kl.placement == "loss" and self.kl.estimator == "full":
+            with self.roles.acting("policy"):
+                exact = exact_kl_to_reference(self.roles, batch.sequences, self.sampling.temperature)
+                kl_loss = masked_sum(exact, mask) / tokens
+                yield Share(batch.kl_coefficient * kl_loss, {"policy/kl_loss": kl_loss.detach()})
         with self.roles.acting("value") as model:
             values = token_values(model, self.roles.heads["value"], batch.sequences)
             losses, clipped = self.value_loss(values, batch.values, batch.returns)

@@ -5,9 +5,11 @@ With l = log π(y_t) − log π₀(y_t) (Schulman 2020, "Approximating KL Diverg
 * k1 = l: unbiased, may be negative;
 * abs = |l|;
 * k2 = ½l² (TRL's "mse");
-* k3 = e^(−l) − 1 + l: unbiased, never negative.
+* k3 = e^(−l) − 1 + l: unbiased, never negative;
+* full = Σ_v π(v)·(log π(v) − log π₀(v)): no estimate, from the whole vocabulary.
 
-As a penalty inside the reward, only k1 has the fixed point π* ∝ π₀·exp(r/β).
+Where the penalty stands matters as much as how it is estimated: inside the reward its gradient is the policy
+gradient's, in the loss its own (arXiv 2506.09477, 2510.01555). ``fixed_point`` says what each combination converges to.
 """
 
 from __future__ import annotations
@@ -18,11 +20,31 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Estimator = Literal["k1", "abs", "k2", "k3"]
+Estimator = Literal["k1", "abs", "k2", "k3", "full"]
+Placement = Literal["reward", "loss"]
+
+_ARGMAX = "the responses of highest reward, whatever β"
+_TRUNCATED = "a policy that drops responses of π₀, down to a single one"
+_BIASED = "a policy other than π* ∝ π₀·exp(r/β)"
+# Of a one-token bandit under exact gradients: experiments/kl_fixed_points. What is not here converges to π*.
+_FIXED_POINTS: dict[tuple[Estimator, Placement], str] = {
+    ("abs", "reward"): _TRUNCATED,
+    ("k2", "reward"): _TRUNCATED,
+    ("k3", "reward"): "nothing: the policy diverges",
+    ("full", "reward"): _ARGMAX,
+    ("k1", "loss"): _ARGMAX,
+    ("abs", "loss"): _BIASED,
+    ("k3", "loss"): _BIASED,
+}
+
+
+def fixed_point(estimator: Estimator, placement: Placement) -> str | None:
+    """What a combination converges to on a one-token bandit, in words; None where that is π* ∝ π₀·exp(r/β)."""
+    return _FIXED_POINTS.get((estimator, placement))
 
 
 def estimate_kl(logratio: Tensor, estimator: Estimator) -> Tensor:
-    """Per-token KL estimates in nats from per-token log-ratios l; any shape."""
+    """Per-token KL estimates in nats from per-token log-ratios l; any shape. `full` has none: see ``exact_kl``."""
     match estimator:
         case "k1":
             return logratio
@@ -32,6 +54,8 @@ def estimate_kl(logratio: Tensor, estimator: Estimator) -> Tensor:
             return logratio.square() / 2
         case "k3":
             return torch.expm1(-logratio) + logratio
+        case "full":
+            raise ValueError("the full KL is not a function of the sampled log-ratio: use exact_kl")
 
 
 def exact_kl(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
@@ -41,13 +65,17 @@ def exact_kl(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KLController:
-    """How the coefficient of the KL penalty moves.
+    """The KL penalty: how it is estimated, where it stands, and how its coefficient moves (the subclass).
 
     Args:
-        beta: β, the weight of the KL penalty in the reward, at the start. Required.
+        beta: β, the weight of the penalty at the start, in units of reward per nat. Required.
+        estimator: of the per-token KL; `full` is exact, from the whole vocabulary.
+        placement: inside each token's reward, or added to the loss as a plain mean over the sampled tokens.
     """
 
     beta: float
+    estimator: Estimator = "k1"
+    placement: Placement = "reward"
 
     def next_beta(self, beta: float, kl: float, episodes: int) -> float:
         """The coefficient after a rollout.

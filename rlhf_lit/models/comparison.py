@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.losses.kl import exact_kl
@@ -44,6 +45,35 @@ class Comparison:
     def logratio(self) -> Tensor:
         """l_t = log π(token_t) − log π₀(token_t)."""
         return self.policy - self.reference
+
+
+def exact_kl_to_reference(roles: Roles, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+    """Σ_v π(v)·(log π(v) − log π₀(v)) at each masked token, with the policy's gradient. → [rows, time], in nats.
+
+    Logits are made one chunk at a time, and again in the backward pass where there is more than one. Call it, and run
+    its backward pass, with the policy's role in force.
+    """
+    with torch.no_grad(), roles.acting("reference") as model:
+        reference_states, _ = predicting_states(model, sequences)
+    with roles.acting("policy") as model:
+        policy_states, _ = predicting_states(model, sequences)
+
+    def piece_kl(policy_piece: Tensor, reference_piece: Tensor) -> Tensor:
+        with torch.no_grad(), roles.acting("reference") as model:
+            reference = (logits(model, reference_piece) / temperature).log_softmax(-1)
+        with roles.acting("policy") as model:
+            policy = (logits(model, policy_piece) / temperature).log_softmax(-1)
+        return exact_kl(policy, reference)
+
+    pieces = list(chunks(roles.policy, len(policy_states)))
+    recompute = torch.is_grad_enabled() and len(pieces) > 1
+    kl = [
+        checkpoint(piece_kl, policy_states[piece], reference_states[piece], use_reentrant=False)
+        if recompute
+        else piece_kl(policy_states[piece], reference_states[piece])
+        for piece in pieces
+    ]
+    return scatter(torch.cat(kl) if kl else policy_states.new_zeros(0, dtype=torch.float32), sequences.mask)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,24 @@ from rlhf_lit.models.heads import reward_bias, scalar_head
 from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer, stored_bias, unwrapped
 
 Role = Literal["policy", "reference", "value"]
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The value function.
+
+    Args:
+        init: a separate critic starts from the reward model, its head included, or from the policy with a new head.
+        trunk: no separate critic but a head on the policy's hidden states; the two losses then share gradients, and
+            `init` must be `policy`.
+    """
+
+    init: Literal["reward", "policy"] = "reward"
+    trunk: bool = False
+
+    def __post_init__(self) -> None:
+        if self.trunk and self.init != "policy":
+            raise UserError("critic.init: a critic on the policy's trunk starts from the policy; set it to policy")
 
 
 class Roles(nn.Module):

@@ -68,10 +68,10 @@ def test_micro_batches_hold_every_row_once_and_pairs_stay_together() -> None:
 
 def test_experience_is_cut_with_all_its_columns() -> None:
     s = tiny.sequences([(1, 2), (1, 8)])
-    columns = [s.mask * (10.0 * i) for i in range(1, 5)]
-    piece = ExperienceBatch(s, *columns, micro_batch_tokens=1).select(torch.tensor([0]))
+    columns = [s.mask * (10.0 * i) for i in range(1, 6)]
+    piece = ExperienceBatch(s, *columns, kl_coefficient=0.2, micro_batch_tokens=1).select(torch.tensor([0]))
     assert piece.sequences.tokens.shape == (1, 7)
-    for i, name in enumerate(("old_logprobs", "values", "advantages", "returns"), start=1):
+    for i, name in enumerate(("old_logprobs", "reference_logprobs", "values", "advantages", "returns"), start=1):
         assert getattr(piece, name).equal(piece.sequences.mask * (10.0 * i))
 
 

@@ -248,8 +248,9 @@ class Ran:
             self.rows[name] = list(csv.DictReader(file))
 
     def columns(self, name: str) -> set[str]:
-        """Metrics that were written at least once."""
-        return {key for row in self.rows[name] for key, value in row.items() if value} - {"step", "epoch"}
+        """Metrics that were written at least once, by the run or by one named `run/variant`."""
+        rows = [row for run, rows in self.rows.items() if run.split("/")[0] == name for row in rows]
+        return {key for row in rows for key, value in row.items() if value} - {"step", "epoch"}
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +285,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             "SFT": "sft", "RewardModel": "rewardmodel", "DPO": "hinge", "PPO": "matching", "SimPO": "simpo"
         }.items():  # fmt: skip
             result.take(name, place / "runs" / run)
+        again = next(c for c in commands_of(EXTENDING) if "matching" in c)
+        status = main([*shlex.split(again)[3:], "--name=kl_in_the_loss", "--model.kl.placement=loss"])
+        assert status == 0
+        result.take("PPO/penalty in the loss", place / "runs" / "kl_in_the_loss")
     yield result
     for module in ("my_losses", "my_rewards", "my_kl", "simpo"):
         sys.modules.pop(module, None)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -14,7 +15,6 @@ from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base
 from rlhf_lit.rollout.engine import Sampling
-from tests.unit import tiny
 
 
 def test_a_response_that_could_leave_the_context_is_refused(tmp_path):

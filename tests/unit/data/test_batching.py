@@ -126,8 +126,8 @@ class Policy:
         sequences = Sequences.pad(rows, [[False, *[True] * (len(row) - 1)] for row in rows])
         # Values that tell the rollout, the stream index and the sample apart.
         mark = (100.0 * rollout + prompts.index + prompts.sample / 10)[:, None].expand(sequences.tokens.shape)
-        marked: list[Tensor] = [mark + i for i in range(4)]
-        return ExperienceBatch(sequences, *marked, prompts.micro_batch_tokens)
+        marked: list[Tensor] = [mark + i for i in range(5)]
+        return ExperienceBatch(sequences, *marked, 0.2, prompts.micro_batch_tokens)
 
 
 def asks(items: list[tuple[int, int, int]]) -> PromptBatch:
