@@ -110,7 +110,7 @@ class RolloutDataModule(TextDataModule):
     """Prompts, answered by the running policy: PPO's data.
 
     An epoch is one pass over the prompts. The length of a run is set by ``episodes`` (then leave `trainer.max_epochs`
-    at -1) or by the trainer's own limits, in optimizer steps or passes.
+    alone) or by the trainer's own limits, in optimizer steps or passes.
 
     Args:
         train, validation, validation_fraction, test, predict, micro_batch_tokens, max_length, truncation, template,
