@@ -25,7 +25,6 @@ from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.policy_gradient import ClippedValueLoss
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Role
@@ -238,8 +237,8 @@ def flip_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def score_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rewards(self: PPO, scores: Tensor, comparison: Comparison, mask: Tensor) -> Tensor:
-        placed = torch.where(mask, -self.kl_coefficient * comparison.logratio, 0.0)
+    def rewards(self: PPO, scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
+        placed = torch.where(mask, -penalty, 0.0)
         placed[torch.arange(len(mask)), mask.int().argmax(-1)] += scores
         return placed
 
