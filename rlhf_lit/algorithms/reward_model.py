@@ -20,6 +20,7 @@ from rlhf_lit.batches import PreferenceBatch, Sequences
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, load_scorer, unwrapped
+from rlhf_lit.rollout.rewards import score_sequences
 
 
 class RewardModel(Algorithm):
@@ -50,6 +51,8 @@ class RewardModel(Algorithm):
         self.loss = loss
         self.centre_pairs = centre_pairs
         self.scorer: nn.Module
+        # The stage under evaluation, whose pair metrics take the scores in as they are made.
+        self._evaluating: str | None = None
         # Calibration of σ(r_w − r_l), and whether the score is a measure of length.
         self.calibration = nn.ModuleDict(
             {stage: BinaryCalibrationError(n_bins=10) for stage in ("val_pairs", "test_pairs")}
@@ -76,7 +79,10 @@ class RewardModel(Algorithm):
 
     def shares(self, batch: PreferenceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
         sides = batch.chosen.join(batch.rejected)  # one forward for both sides
-        chosen, rejected = self.scores(sides).chunk(2)
+        scores = self.scores(sides)
+        chosen, rejected = scores.chunk(2)
+        if self._evaluating:
+            self._observe(scores, sides, self._evaluating)
         losses = self.loss(chosen, rejected, batch.margin)
         count = units["pairs"]
         with torch.no_grad():
@@ -90,17 +96,19 @@ class RewardModel(Algorithm):
         yield Share(losses.sum() / count, metrics)
 
     def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+        self._evaluating = stage
         super().evaluate(batch, stage)
+        self._evaluating = None
+
+    def _observe(self, scores: Tensor, sides: Sequences, stage: str) -> None:
+        """Take a micro-batch's scores (chosen, then rejected) into the stage's calibration and length correlation."""
         calibration, correlation = self._pair_metrics(stage)
-        for micro_batch in batch.micro_batches():
-            sides = micro_batch.chosen.join(micro_batch.rejected)
-            scores = self.scores(sides)
-            chosen, rejected = scores.chunk(2)
-            # Each pair in both orders: with one alone every label is 1 and a constant 1 would look calibrated.
-            probability = torch.sigmoid(torch.cat([chosen - rejected, rejected - chosen]))
-            labels = torch.cat([torch.ones_like(chosen), torch.zeros_like(chosen)]).long()
-            calibration.update(probability, labels)
-            correlation.update(scores, sides.mask.sum(-1).float())
+        chosen, rejected = scores.chunk(2)
+        # Each pair in both orders: with one alone every label is 1 and a constant 1 would look calibrated.
+        probability = torch.sigmoid(torch.cat([chosen - rejected, rejected - chosen]))
+        labels = torch.cat([torch.ones_like(chosen), torch.zeros_like(chosen)]).long()
+        calibration.update(probability, labels)
+        correlation.update(scores, sides.mask.sum(-1).float())
 
     def _pair_metrics(self, stage: str) -> tuple[BinaryCalibrationError, PearsonCorrCoef]:
         calibration, correlation = self.calibration[f"{stage}_pairs"], self.length_correlation[f"{stage}_pairs"]
@@ -129,7 +137,9 @@ class RewardModel(Algorithm):
         """The scores of both sides of each pair (none where the last batch is smaller than the number of ranks)."""
         if not len(batch):
             return []
-        chosen, rejected = self.scores(batch.chosen), self.scores(batch.rejected)
+        chosen, rejected = (
+            score_sequences(self.scorer, side, batch.micro_batch_tokens) for side in (batch.chosen, batch.rejected)
+        )
         return [
             {"score_chosen": float(a), "score_rejected": float(b), "correct": bool(a > b)}
             for a, b in zip(chosen, rejected, strict=True)

@@ -87,17 +87,16 @@ def scoreboard(
         kl[name] = exact_kl_per_response(module, samples)
         lengths[name] = samples.sequences.mask.sum(-1).tolist()
         if name == "sft":
-            rival, rival_texts = draw(module, conversations, stream=1)
+            _, rival_texts = draw(module, conversations, stream=1)
             best_name = f"sft_best_of_{BEST_OF}"
             responses[best_name], lengths[best_name] = _best_of(module, conversations, reward)
             # The exact KL of best-of-n, for scores without ties; an upper bound with them (Beirami et al. 2024).
             kl[best_name] = [float(np.log(BEST_OF) - (BEST_OF - 1) / BEST_OF)] * len(prompts)
             rivals = [row[0] for row in rival_texts]
-    del rival
-    rival_gold = np.array(playground.gold_reward(prompts, rivals, [{} for _ in prompts]))
+            rival_gold = np.array(playground.gold_reward(prompts, rivals))
     rows = {}
     for name, texts_of in responses.items():
-        gold = np.array(playground.gold_reward(prompts, texts_of, [{} for _ in prompts]))
+        gold = np.array(playground.gold_reward(prompts, texts_of))
         wins = (gold > rival_gold) + 0.5 * (gold == rival_gold)
         rows[name] = Row(Estimate.of(gold), Estimate.of(wins), Estimate.of(kl[name]), Estimate.of(lengths[name]))
     return rows, responses
