@@ -72,6 +72,11 @@ class Record:
         return replace(self, **chosen)  # type: ignore[type-var]
 
 
+def _widen(x: Tensor, width: int) -> Tensor:
+    """[rows, time] padded with zeros on the right to ``width`` columns."""
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]))
+
+
 @dataclass(frozen=True)
 class Sequences(Record):
     """Right-padded token sequences.
@@ -109,14 +114,10 @@ class Sequences(Record):
     def join(self, other: Sequences) -> Sequences:
         """These rows, then the other's, padded to the wider of the two."""
         width = max(self.tokens.shape[1], other.tokens.shape[1])
-
-        def widen(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, width - x.shape[1]))
-
         return Sequences(
-            torch.cat([widen(self.tokens), widen(other.tokens)]),
+            torch.cat([_widen(self.tokens, width), _widen(other.tokens, width)]),
             torch.cat([self.lengths, other.lengths]),
-            torch.cat([widen(self.mask), widen(other.mask)]),
+            torch.cat([_widen(self.mask, width), _widen(other.mask, width)]),
         )
 
     def __len__(self) -> int:
@@ -193,15 +194,18 @@ class ExperienceBatch(Record):
 
     Attributes:
         sequences: prompt + response, the mask on the response (EOS included, nothing after it).
-        old_logprobs: [rows, time] log-prob of each action under the policy that sampled it, from the training forward.
+        sampled_logprobs: [rows, time] log-prob of each action as the sampler itself drew it.
+        old_logprobs: [rows, time] the same under the same policy, from the training forward.
         reference_logprobs: [rows, time] the same under the reference.
-        values: [rows, time] critic's value of the state in which each action was taken, at sampling time.
+        values: [rows, time] value of the state in which each action was taken, at sampling time: the critic's, or the
+            baseline its response was compared with.
         advantages, returns: [rows, time]; 0 off the mask.
         kl_coefficient: β of this rollout.
         micro_batch_tokens: padded tokens of a micro-batch.
     """
 
     sequences: Sequences
+    sampled_logprobs: Tensor
     old_logprobs: Tensor
     reference_logprobs: Tensor
     values: Tensor
@@ -215,10 +219,23 @@ class ExperienceBatch(Record):
         sequences = self.sequences.select(rows)
         width = sequences.tokens.shape[1]
 
-        columns = ("old_logprobs", "reference_logprobs", "values", "advantages", "returns")
-        cut = {name: getattr(self, name) for name in columns}
-        cut = {name: column[rows.to(column.device), :width] for name, column in cut.items()}
+        cut: dict[str, Any] = {name: x[rows.to(x.device), :width] for name, x in self.columns().items()}
         return replace(self, sequences=sequences, **cut)
+
+    def join(self, other: ExperienceBatch) -> ExperienceBatch:
+        """These rows, then the other's, padded to the wider of the two."""
+        sequences = self.sequences.join(other.sequences)
+        width, theirs = sequences.tokens.shape[1], other.columns()
+        joined: dict[str, Any] = {
+            name: torch.cat([_widen(column, width), _widen(theirs[name], width)])
+            for name, column in self.columns().items()
+        }
+        return replace(self, sequences=sequences, **joined)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The per-token tensors beside the sequences."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def micro_batches(self) -> Iterator[ExperienceBatch]:
         """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens."""

@@ -46,11 +46,16 @@ class Optimizer:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
 
-    def build(self, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-        """The optimizer over trainable parameters."""
-        options = {"lr": learning_rate, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+    def build(self, parameters: list[Any], learning_rate: float) -> torch.optim.Optimizer:
+        """The optimizer over trainable parameters, or over groups of them with learning rates of their own."""
+        options: dict[str, Any] = {
+            "lr": learning_rate,
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
         if self.name == "adamw":
-            return torch.optim.AdamW(parameters, **options)  # type: ignore[arg-type]
+            return torch.optim.AdamW(parameters, **options)
         import bitsandbytes
 
         kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
@@ -189,8 +194,9 @@ class Algorithm(LightningModule):
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         settings = self.optimizer_settings
-        scheduler.base_lrs = [self.learning_rate] * len(optimizer.param_groups)
-        scheduler._last_lr = [self.learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler.base_lrs = [group["lr"] for group in self.parameter_groups()]
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
         for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
             group.update(lr=rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
 
@@ -238,6 +244,14 @@ class Algorithm(LightningModule):
         assert isinstance(reduced, Tensor)
         return reduced
 
+    def max_over_ranks(self, value: Tensor) -> Tensor:
+        """The largest of the ranks' scalars; itself on one rank, and outside a trainer."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return value
+        reduced = self.trainer.strategy.reduce(value.clone(), reduce_op="max")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
     def _sum_metrics(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Σ over ranks of a step's numbers. A rank whose share of the batch is empty has none, and adds zeros."""
         if self.trainer.world_size == 1:
@@ -256,7 +270,11 @@ class Algorithm(LightningModule):
 
     def _reduce_and_clip(self) -> Tensor:
         """Add the ranks' gradients up (denominators are global already), clip, and return the norm before clipping."""
-        parameters = self.trainable_parameters()
+        parameters = self.moving_parameters()
+        moving = set(parameters)
+        for parameter in self.trainable_parameters():
+            if parameter not in moving:
+                parameter.grad = None  # the optimizer passes over it: no decay, no moments, no count of steps
         if self.trainer.world_size > 1:
             for parameter in parameters:
                 if parameter.grad is None:
@@ -269,11 +287,18 @@ class Algorithm(LightningModule):
         """What the optimizer steps."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def moving_parameters(self) -> list[nn.Parameter]:
+        """Those of them that the step at hand moves."""
+        return self.trainable_parameters()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer steps, with peak learning rates."""
+        return [{"params": self.trainable_parameters(), "lr": self.learning_rate}]
+
     def configure_optimizers(self) -> Any:
-        parameters = self.trainable_parameters()
-        if not parameters:
+        if not self.trainable_parameters():
             raise UserError(f"base.name: nothing of {self.base.name} is trainable")
-        optimizer = self.optimizer_settings.build(parameters, self.learning_rate)
+        optimizer = self.optimizer_settings.build(self.parameter_groups(), self.learning_rate)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("trainer.max_epochs, trainer.max_steps: one of them must say how long the run is")

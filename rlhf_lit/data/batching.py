@@ -86,6 +86,7 @@ class RolloutLoader:
         prompts: the prompt data set.
         collate: makes a prompt batch of [(prompt, stream index, sample number)].
         collect: answers a prompt batch; called when a minibatch is asked for, never before.
+        spent: whether the rest of the present rollout is to be passed over.
         rollout_size: prompts per rollout, over all ranks.
         samples_per_prompt: responses to each.
         minibatch_size: responses per optimizer step, over all ranks; divides rollout_size × samples_per_prompt.
@@ -98,6 +99,7 @@ class RolloutLoader:
         prompts: Sequence[Any],
         collate: Callable[[list[tuple[Any, int, int]]], PromptBatch],
         collect: Collect,
+        spent: Callable[[], bool],
         rollout_size: int,
         samples_per_prompt: int,
         minibatch_size: int,
@@ -108,6 +110,7 @@ class RolloutLoader:
         self.prompts = prompts
         self.collate = collate
         self.collect = collect
+        self.spent = spent
         self.rollout_size = rollout_size
         self.samples_per_prompt = samples_per_prompt
         self.minibatch_size = minibatch_size
@@ -137,6 +140,8 @@ class RolloutLoader:
             yield self._next()
 
     def _next(self) -> ExperienceBatch:
+        if self.buffer is not None and self.spent():
+            self.rollout, self.step, self.buffer = self.rollout + 1, 0, None
         if self.buffer is None:
             self.buffer = self.collect(self._prompts_of(self.rollout), self.rollout).to("cpu")
         buffer = self.buffer
@@ -144,8 +149,8 @@ class RolloutLoader:
         epoch, minibatch = divmod(self.step, per_epoch)
         # One order for all ranks over the whole rollout; each rank holds the rows that are its own.
         order = permutation(self.episodes_per_rollout, "minibatches", self.rollout, epoch)
-        rows = order[minibatch * self.minibatch_size : (minibatch + 1) * self.minibatch_size]
-        own = rows[rows % self.world == self.rank] // self.world
+        episodes = order[minibatch * self.minibatch_size : (minibatch + 1) * self.minibatch_size]
+        own = self._rows_of(episodes[self._ranks_of(episodes) == self.rank])
         self.step += 1
         if self.step == self.steps_per_rollout:
             self.rollout, self.step, self.buffer = self.rollout + 1, 0, None
@@ -153,37 +158,68 @@ class RolloutLoader:
 
     def _prompts_of(self, rollout: int) -> PromptBatch:
         """This rank's prompts of a rollout. Prompts are a stream of passes, each in an order of its own."""
-        episodes = range(self.rank, self.episodes_per_rollout, self.world)
         orders: dict[int, Tensor] = {}
-        items = []
-        for episode in episodes:
-            index = rollout * self.rollout_size + episode // self.samples_per_prompt
+        items: list[tuple[Any, int, int]] = []
+        for place in range(self.rank, self.rollout_size, self.world):
+            index = rollout * self.rollout_size + place
             epoch, position = divmod(index, len(self.prompts))
             if epoch not in orders:
                 orders[epoch] = permutation(len(self.prompts), "shuffle", epoch)
             prompt = self.prompts[int(orders[epoch][position])]
-            items.append((prompt, index, episode % self.samples_per_prompt))
+            items.extend((prompt, index, sample) for sample in range(self.samples_per_prompt))
         return self.collate(items)
 
+    # Episodes are numbered prompt by prompt. Prompts are dealt to the ranks in turn, with all of their responses, so
+    # that what compares the responses to one prompt finds them on one rank.
+
+    def _ranks_of(self, episodes: Tensor) -> Tensor:
+        """Which rank holds each episode."""
+        return episodes // self.samples_per_prompt % self.world
+
+    def _rows_of(self, episodes: Tensor) -> Tensor:
+        """The row of each episode in its rank's buffer."""
+        prompt, sample = episodes // self.samples_per_prompt, episodes % self.samples_per_prompt
+        return prompt // self.world * self.samples_per_prompt + sample
+
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the experience that is not used up yet."""
+        """The position, and the experience that is not used up yet: the whole rollout's, in the order of its episodes,
+        whichever ranks hold it. All ranks must ask for it together."""
         return {
             "rollout": self.rollout,
             "step": self.step,
-            "buffer": None if self.buffer is None else _tensors(self.buffer),
+            "buffer": None if self.buffer is None else _tensors(self._whole(self.buffer)),
         }
 
+    def _whole(self, buffer: ExperienceBatch) -> ExperienceBatch:
+        """The ranks' buffers as one."""
+        if self.world == 1:
+            return buffer
+        parts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(parts, _tensors(buffer))
+        joined = _experience(parts[0])
+        for part in parts[1:]:
+            joined = joined.join(_experience(part))
+        episodes = torch.arange(self.episodes_per_rollout)
+        sizes = torch.tensor([len(part["sequences"]["lengths"]) for part in parts])
+        before = sizes.cumsum(0) - sizes
+        return joined.select(before[self._ranks_of(episodes)] + self._rows_of(episodes))
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken."""
+        """Continue where the state was taken, by however many ranks."""
         self.rollout, self.step = state["rollout"], state["step"]
-        buffer = state["buffer"]
-        if buffer is not None:
-            sequences = Sequences(**buffer["sequences"])
-            rest = {name: value for name, value in buffer.items() if name != "sequences"}
-            self.buffer = ExperienceBatch(sequences, **rest)
+        self.buffer = None
+        if state["buffer"] is not None:
+            episodes = torch.arange(self.episodes_per_rollout)
+            self.buffer = _experience(state["buffer"]).select(episodes[self._ranks_of(episodes) == self.rank])
 
 
 def _tensors(record: Record) -> dict[str, Any]:
     """A record as nested dicts of tensors and numbers, which load without unpickling code."""
     values = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
     return {name: _tensors(value) if isinstance(value, Record) else value for name, value in values.items()}
+
+
+def _experience(state: dict[str, Any]) -> ExperienceBatch:
+    """What ``_tensors`` made of a rollout, as a record again."""
+    rest = {name: value for name, value in state.items() if name != "sequences"}
+    return ExperienceBatch(Sequences(**state["sequences"]), **rest)

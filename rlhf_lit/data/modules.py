@@ -210,6 +210,7 @@ class RolloutDataModule(TextDataModule):
             self.examples["train"],
             self.prompt_batch,
             self._collect,
+            lambda: self._module().rollout_spent,
             self.rollout_size,
             self.samples_per_prompt,
             self.batch_size,
@@ -219,9 +220,14 @@ class RolloutDataModule(TextDataModule):
 
     def _collect(self, prompts: PromptBatch, rollout: int) -> ExperienceBatch:
         assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
+        module = self._module()
         with self.trainer.precision_plugin.forward_context():
             return module.rollout(prompts.to(module.device), rollout)
+
+    def _module(self) -> Any:
+        """The running algorithm: `data` knows none by name."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module
 
     def val_dataloader(self) -> Any:
         return self.prompt_loader("validation")

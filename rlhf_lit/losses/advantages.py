@@ -1,4 +1,4 @@
-"""Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438)."""
+"""Advantages: generalised advantage estimation, and comparisons among the responses to one prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 def generalised_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """δ_t = r_t + γV_{t+1} − V_t; A_t = δ_t + γλA_{t+1}; R_t = A_t + V_t, over each row's actions (Eq. 16).
+    """δ_t = r_t + γV_{t+1} − V_t; A_t = δ_t + γλA_{t+1}; R_t = A_t + V_t, over each row's actions.
+
+    Source: Schulman et al. 2015, arXiv 1506.02438, Eq. 16.
 
     V past the last action is 0: a response that was cut at the length limit is treated as ended.
 
@@ -33,3 +35,45 @@ def generalised_advantages(
         next_advantage = torch.where(action, advantage, next_advantage)
     returns = torch.where(mask, advantages + values, torch.zeros_like(values))
     return advantages, returns
+
+
+def leave_one_out(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """A_i = R_i − mean_{j≠i} R_j over the responses to one prompt.
+
+    Source: RLOO, Ahmadian et al. 2024, arXiv 2402.14740, §3.3.
+
+    Args:
+        rewards: [rows] R of whole responses.
+        groups: [rows] int64, equal for responses to the same prompt; at least two of each.
+
+    Returns:
+        [rows] advantages and baselines.
+    """
+    same = groups[:, None] == groups[None]
+    others = (same & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)).to(rewards.dtype)
+    assert (others.sum(-1) > 0).all(), "a response without another to its prompt"
+    baseline = others @ rewards / others.sum(-1)
+    return rewards - baseline, baseline
+
+
+def group_relative(rewards: Tensor, groups: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
+    """A_i = (R_i − μ)/(σ + 1e-4), μ and the unbiased σ over the responses to one prompt.
+
+    Source: GRPO, Shao et al. 2024, arXiv 2402.03300, §4.1.2; without σ, Dr. GRPO, Liu et al. 2025, arXiv 2503.20783.
+
+    Args:
+        rewards: [rows] R of whole responses.
+        groups: [rows] int64, equal for responses to the same prompt; at least two of each.
+        scale: divide by σ.
+
+    Returns:
+        [rows] advantages and baselines μ.
+    """
+    same = (groups[:, None] == groups[None]).to(rewards.dtype)
+    size = same.sum(-1)
+    assert (size > 1).all(), "a response without another to its prompt"
+    mean = same @ rewards / size
+    deviation = rewards - mean
+    if not scale:
+        return deviation, mean
+    return deviation / ((same @ deviation.square() / (size - 1)).sqrt() + 1e-4), mean

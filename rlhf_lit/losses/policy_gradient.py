@@ -1,37 +1,94 @@
-"""PPO's two losses (Schulman et al. 2017, arXiv 1707.06347), per token."""
+"""The losses of PPO and its relatives (Schulman et al. 2017, arXiv 1707.06347), per token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rlhf_lit.losses.reductions import Aggregation, row_sums
 
 # exp(20) ≈ 5e8: far outside any clip range, and safe in fp32.
 LOG_RATIO_LIMIT = 20.0
 
 
+class PolicyTerms(NamedTuple):
+    """What the policy loss makes of a batch, [rows, time] each.
+
+    Attributes:
+        losses: per-token loss, importance weight included.
+        ratio: ρ.
+        clipped: whether a clip, not ρ itself, set the loss.
+        importance: weight of the token, 1 where nothing is corrected.
+    """
+
+    losses: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    importance: Tensor
+
+
 @dataclass(frozen=True)
 class ClippedPolicyLoss:
-    """max(−Aρ, −A·clip(ρ, 1 − ε, 1 + ε)), ρ = exp(log π − log π_old) (Eq. 7).
+    """max(−Aρ, −A·clip(ρ, 1 − ε, 1 + ε)), ρ = π/π_old (Eq. 7), and what else the policy's objective holds.
 
     Args:
         clip: ε.
+        dual_clip: c > 1; where A < 0 the loss is at most −cA, so that one token that became likely cannot outweigh the
+            batch (Ye et al. 2020, arXiv 1912.09729, Eq. 5, c = 3). null leaves it out.
+        ratio: `token`: ρ_t of each token; `sequence`: the geometric mean of a response's ρ_t for all of its tokens
+            (GSPO, Zheng et al. 2025, arXiv 2507.18071, Eq. 7).
+        importance_cap: c of truncated importance sampling, for a sampler that differs from the training forward
+            (another dtype, another engine): each token's loss is weighted by min(π_old/π_sampler, c) (Yao et al. 2025,
+            "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; c = 2). null leaves it out.
+        aggregation: how per-token losses become one number; the KL in the loss and the entropy bonus follow it.
+        entropy_coefficient: weight of the entropy bonus, in units of loss per nat and token.
     """
 
     clip: float = 0.2
+    dual_clip: float | None = None
+    ratio: Literal["token", "sequence"] = "token"
+    importance_cap: float | None = None
+    aggregation: Aggregation = "token_mean"
+    entropy_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.clip > 0:
-            raise ValueError(f"policy_loss.clip must be greater than 0, not {self.clip}")
+        if not 0 < self.clip < 1:
+            raise ValueError(f"policy_loss.clip must lie in (0, 1), not {self.clip}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"policy_loss.dual_clip must be greater than 1 or null, not {self.dual_clip}")
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise ValueError(f"policy_loss.importance_cap must be greater than 0 or null, not {self.importance_cap}")
+        if not self.entropy_coefficient >= 0:
+            raise ValueError(f"policy_loss.entropy_coefficient must be at least 0, not {self.entropy_coefficient}")
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[rows, time] each → per-token loss, ratio ρ, and whether the clipped branch was taken."""
-        log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        ratio = log_ratio.exp()
+    def __call__(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, sampled_logprobs: Tensor
+    ) -> PolicyTerms:
+        """Per-token terms; every argument is [rows, time].
+
+        Args:
+            logprobs: of the actions, under the policy that is trained.
+            old_logprobs: under the policy at the time of the rollout, from the training forward.
+            advantages: A.
+            mask: True on actions.
+            sampled_logprobs: what the sampler itself drew them with; read where ``importance_cap`` is set.
+        """
+        log_ratio = logprobs - old_logprobs
+        if self.ratio == "sequence":
+            mean = row_sums(log_ratio, mask) / mask.sum(-1).clamp(min=1)
+            log_ratio = mean[:, None].expand_as(log_ratio)
+        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         free = -advantages * ratio
-        clipped = -advantages * ratio.clamp(1 - self.clip, 1 + self.clip)
-        return torch.maximum(free, clipped), ratio, clipped > free
+        losses = torch.maximum(free, -advantages * ratio.clamp(1 - self.clip, 1 + self.clip))
+        if self.dual_clip is not None:
+            losses = torch.where(advantages < 0, torch.minimum(losses, -self.dual_clip * advantages), losses)
+        importance = torch.ones_like(old_logprobs)
+        if self.importance_cap is not None:
+            importance = (old_logprobs - sampled_logprobs).exp().clamp(max=self.importance_cap)
+        return PolicyTerms(importance * losses, ratio, losses != free, importance)
 
 
 @dataclass(frozen=True)
@@ -49,7 +106,7 @@ class ClippedValueLoss:
     def __post_init__(self) -> None:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"value_loss.clip must be greater than 0 or null, not {self.clip}")
-        if self.coefficient < 0:
+        if not self.coefficient >= 0:
             raise ValueError(f"value_loss.coefficient must be at least 0, not {self.coefficient}")
 
     def __call__(self, values: Tensor, old_values: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ mask the fast causal kernel runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,9 +53,18 @@ def logits(model: nn.Module, states: Tensor) -> Tensor:
 
 
 def target_logprobs(model: nn.Module, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits/T) at the targets. [n, width], [n] → [n], in nats."""
+    """log softmax(logits/T) at the targets. [n, width], [n] → [n, 1], in nats."""
     scaled = logits(model, states) / temperature
-    return scaled.gather(-1, targets[:, None]).squeeze(-1) - scaled.logsumexp(-1)
+    return scaled.gather(-1, targets[:, None]) - scaled.logsumexp(-1, keepdim=True)
+
+
+def target_logprobs_and_entropy(model: nn.Module, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """The same, and −Σ_v π(v)·log π(v) of the distribution. [n, width], [n] → [n, 2], in nats."""
+    scaled = logits(model, states) / temperature
+    normaliser = scaled.logsumexp(-1, keepdim=True)
+    everything = scaled - normaliser
+    entropy = -(everything.exp() * everything).sum(-1, keepdim=True)
+    return torch.cat([scaled.gather(-1, targets[:, None]) - normaliser, entropy], -1)
 
 
 def chunks(model: nn.Module, positions: int) -> Iterator[slice]:
@@ -83,14 +92,29 @@ def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float = 
 
     More than one chunk of logits is recomputed in the backward pass, so that they never stand in memory together.
     """
+    return _per_token(target_logprobs, 1, model, sequences, temperature)[0]
+
+
+def token_logprobs_and_entropy(
+    model: nn.Module, sequences: Sequences, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The same, and the entropy of the distribution each masked token was drawn from. → 2 × [rows, time]."""
+    logprobs, entropy = _per_token(target_logprobs_and_entropy, 2, model, sequences, temperature)
+    return logprobs, entropy
+
+
+def _per_token(
+    function: Callable[..., Tensor], columns: int, model: nn.Module, sequences: Sequences, temperature: float
+) -> list[Tensor]:
+    """A function of (states, targets) at the masked tokens, chunk by chunk. → ``columns`` × [rows, time]."""
     states, targets = predicting_states(model, sequences)
     pieces = list(chunks(model, len(targets)))
     recompute = torch.is_grad_enabled() and len(pieces) > 1
-    logprobs = [
-        checkpoint(target_logprobs, model, states[piece], targets[piece], temperature, use_reentrant=False)
+    parts = [
+        checkpoint(function, model, states[piece], targets[piece], temperature, use_reentrant=False)
         if recompute
-        else target_logprobs(model, states[piece], targets[piece], temperature)
+        else function(model, states[piece], targets[piece], temperature)
         for piece in pieces
     ]
-    joined = torch.cat(logprobs) if logprobs else states.new_zeros(0, dtype=torch.float32)
-    return scatter(joined, sequences.mask)
+    joined = torch.cat(parts) if parts else states.new_zeros(0, columns, dtype=torch.float32)
+    return [scatter(column, sequences.mask) for column in joined.unbind(-1)]

@@ -34,12 +34,20 @@ class Critic:
         init: a separate critic starts from the reward model, its head included, or from the policy with a new head.
         trunk: no separate critic but a head on the policy's hidden states; the two losses then share gradients, and
             `init` must be `policy`.
+        learning_rate: peak learning rate of the critic (on the policy's trunk: of its head); null is the policy's.
+        warmup: optimizer steps at the start of the run that train the critic alone (on the policy's trunk: its head).
     """
 
     init: Literal["reward", "policy"] = "reward"
     trunk: bool = False
+    learning_rate: float | None = None
+    warmup: int = 0
 
     def __post_init__(self) -> None:
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise UserError(f"critic.learning_rate must be greater than 0 or null, not {self.learning_rate}")
+        if self.warmup < 0:
+            raise UserError(f"critic.warmup must be at least 0 steps, not {self.warmup}")
         if self.trunk and self.init != "policy":
             raise UserError("critic.init: a critic on the policy's trunk starts from the policy; set it to policy")
 
@@ -114,6 +122,13 @@ class Roles(nn.Module):
         if init is not None and scorer is not inner:
             scorer = scorer.merge_and_unload()
         self.models["value"] = scorer.requires_grad_(True)
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The critic's own trainable parameters: none that it shares with the policy."""
+        body = self.models["value"].parameters() if "value" in self.models else ()
+        # …lora_A.value.weight: the adapter's name stands between the matrix and its weight.
+        adapter = (p for name, p in self.policy.named_parameters() if self.shared and name.split(".")[-2] == "value")
+        return [p for p in (*body, *adapter, *self.heads["value"].parameters()) if p.requires_grad]
 
     @contextmanager
     def acting(self, role: Role) -> Iterator[Any]:

@@ -15,17 +15,21 @@ from rlhf_lit.randomness import gumbel_noise
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn: y ~ softmax(logits/T), never filtered by top-k or top-p, so that the log-probs of the
-    sampler and of the update speak of the same distribution.
+    """How responses are drawn: y ~ softmax(logits/T).
 
     Args:
         max_new_tokens: longest response, EOS included.
         temperature: T, divides the logits here and wherever the policy's and the reference's log-probs are taken.
+        top_k: draw among the k likeliest tokens only; null among all. Not for PPO, RLOO and GRPO, where the log-probs
+            of sampler and update must speak of the same distribution.
+        top_p: draw among the likeliest tokens that together have this probability; null among all. Likewise.
         rows_at_once: sequences generated together. How this machine carries it out: changes no sample.
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
     rows_at_once: int = 64
 
     def __post_init__(self) -> None:
@@ -33,6 +37,10 @@ class Sampling:
             raise ValueError(f"sampling.max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if not self.temperature > 0:
             raise ValueError(f"sampling.temperature must be greater than 0, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"sampling.top_k must be at least 1 or null, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p must lie in (0, 1] or be null, not {self.top_p}")
         if self.rows_at_once < 1:
             raise ValueError(f"sampling.rows_at_once must be at least 1, not {self.rows_at_once}")
 
@@ -58,14 +66,22 @@ class _KeyedNoise:
     ``keys`` None leaves the logits alone (greedy decoding). Keeps the log-prob of each choice.
     """
 
-    def __init__(self, keys: Tensor | None, temperature: float, prompt_width: int) -> None:
+    def __init__(self, keys: Tensor | None, sampling: Sampling, prompt_width: int) -> None:
+        from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
         self.keys = keys
-        self.temperature = temperature
+        self.temperature = sampling.temperature
         self.prompt_width = prompt_width
+        self.filters = LogitsProcessorList()
+        if sampling.top_k is not None:
+            self.filters.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p is not None:
+            self.filters.append(TopPLogitsWarper(sampling.top_p))
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scaled = scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature
+        scaled = self.filters(input_ids, scaled)
         perturbed = scaled
         if self.keys is not None:
             perturbed = scaled + gumbel_noise(self.keys, input_ids.shape[1] - self.prompt_width, scores.shape[-1])
@@ -132,7 +148,7 @@ def _generate(
     index = torch.arange(width, device=shift.device)[None] - shift[:, None]
     attention = index >= 0
     left = torch.where(attention, prompts.tokens.gather(1, index.clamp(min=0)), 0)
-    noise = _KeyedNoise(keys, sampling.temperature, width)
+    noise = _KeyedNoise(keys, sampling, width)
     own_config = inner.generation_config
     # The model's own defaults (repetition penalties, top-k) would silently change the distribution.
     inner.generation_config = GenerationConfig(

@@ -37,7 +37,17 @@ class MissingEOS:
 
 
 class RewardSource(nn.Module):
-    """Scores of whole responses."""
+    """Scores of whole responses.
+
+    Attributes:
+        parts: [rows] scores of each named source of the last call, unweighted; empty where there is but one.
+    """
+
+    parts: dict[str, Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = {}
 
     def prepare(self, tokenizer: Any) -> None:
         """Load what is needed, once, before the first rollout.

@@ -68,11 +68,18 @@ def test_micro_batches_hold_every_row_once_and_pairs_stay_together() -> None:
 
 def test_experience_is_cut_with_all_its_columns() -> None:
     s = tiny.sequences([(1, 2), (1, 8)])
-    columns = [s.mask * (10.0 * i) for i in range(1, 6)]
-    piece = ExperienceBatch(s, *columns, kl_coefficient=0.2, micro_batch_tokens=1).select(torch.tensor([0]))
+    columns = [s.mask * (10.0 * i) for i in range(1, 7)]
+    whole = ExperienceBatch(s, *columns, kl_coefficient=0.2, micro_batch_tokens=1)
+    piece = whole.select(torch.tensor([0]))
     assert piece.sequences.tokens.shape == (1, 7)
-    for i, name in enumerate(("old_logprobs", "reference_logprobs", "values", "advantages", "returns"), start=1):
+    names = ("sampled_logprobs", "old_logprobs", "reference_logprobs", "values", "advantages", "returns")
+    for i, name in enumerate(names, start=1):
         assert getattr(piece, name).equal(piece.sequences.mask * (10.0 * i))
+    assert tuple(piece.columns()) == names
+    # Joined again, narrow row and wide one, nothing is lost but the order.
+    joined = piece.join(whole.select(torch.tensor([1, 0]))).select(torch.tensor([0, 1]))
+    assert joined.sequences.tokens.equal(s.tokens)
+    assert all(column.equal(whole.columns()[name]) for name, column in joined.columns().items())
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest() -> None:

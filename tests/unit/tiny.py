@@ -195,6 +195,6 @@ def widen(batch: Any, extra: int, fill: int = EOS) -> Any:
     if isinstance(batch, PreferenceBatch):
         return replace(batch, chosen=padded(batch.chosen), rejected=padded(batch.rejected))
     if isinstance(batch, ExperienceBatch):
-        rest = {n: longer(getattr(batch, n)) for n in ("old_logprobs", "values", "advantages", "returns")}
+        rest = {name: longer(column) for name, column in batch.columns().items()}
         return replace(batch, sequences=padded(batch.sequences), **rest)
     return replace(batch, sequences=padded(batch.sequences))

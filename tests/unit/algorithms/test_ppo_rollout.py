@@ -13,6 +13,7 @@ from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.rollout.rewards import MissingEOS
+from rlhf_lit.rollout.shaping import Shaping
 
 
 def moved(llama: str, **settings: object) -> PPO:
@@ -71,7 +72,9 @@ def test_missing_eos_by_hand(rule: str, expected: list[float]) -> None:
 def test_missing_eos_reaches_the_scores(llama: str) -> None:
     sampling = tiny.Sampling(max_new_tokens=30)
     plain = moved(llama, kl=tiny.FixedKL(0.0), sampling=sampling)
-    ruled = moved(llama, kl=tiny.FixedKL(0.0), sampling=sampling, missing_eos=MissingEOS("subtract", 3.0))
+    ruled = moved(
+        llama, kl=tiny.FixedKL(0.0), sampling=sampling, shaping=Shaping(missing_eos=MissingEOS("subtract", 3.0))
+    )
     a, b = plain.rollout(tiny.prompts(), 0), ruled.rollout(tiny.prompts(), 0)
     last = a.sequences.tokens[torch.arange(8), a.sequences.lengths - 1]
     ended = last == tiny.EOS

@@ -117,6 +117,7 @@ class Policy:
     """Stands for the running module: answers with as many tokens as the prompt's number says, and keeps count."""
 
     def __init__(self) -> None:
+        self.spent = False
         self.asked: list[tuple[int, list[int], list[int]]] = []
 
     def __call__(self, prompts: PromptBatch, rollout: int) -> ExperienceBatch:
@@ -126,7 +127,7 @@ class Policy:
         sequences = Sequences.pad(rows, [[False, *[True] * (len(row) - 1)] for row in rows])
         # Values that tell the rollout, the stream index and the sample apart.
         mark = (100.0 * rollout + prompts.index + prompts.sample / 10)[:, None].expand(sequences.tokens.shape)
-        marked: list[Tensor] = [mark + i for i in range(5)]
+        marked: list[Tensor] = [mark + i for i in range(6)]
         return ExperienceBatch(sequences, *marked, 0.2, prompts.micro_batch_tokens)
 
 
@@ -145,11 +146,11 @@ def rollouts(
     policy: Policy, rank: int = 0, world: int = 1, prompts: int = 10, samples: int = 2, epochs: int = 3
 ) -> RolloutLoader:
     """Rollouts of 4 prompts, answered ``samples`` times each, in minibatches of 2."""
-    return RolloutLoader(list(range(prompts)), asks, policy, 4, samples, 2, epochs, rank, world)
+    return RolloutLoader(list(range(prompts)), asks, policy, lambda: policy.spent, 4, samples, 2, epochs, rank, world)
 
 
 def mark_of(batch: ExperienceBatch) -> list[float]:
-    return [round(row[0], 3) for row in batch.old_logprobs.tolist()]
+    return [round(row[0], 3) for row in batch.sampled_logprobs.tolist()]
 
 
 def test_sizes() -> None:
