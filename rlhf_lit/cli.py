@@ -67,6 +67,7 @@ NOISE = (
     r"The dirpath has changed",  # a new run from another one's checkpoint
     r"Couldn't infer the batch indices",  # predictions carry their rows
     r".*does not have many workers",
+    r"Total length of `list` across ranks is zero",  # no validation rows were asked for
     r"The number of training batches .* is smaller than the logging interval",
     r"Found \d+ module\(s\) in eval mode",  # DPO and PPO train without dropout, and frozen models stay in eval
     r"`is_gradient_checkpointing` is deprecated",  # asked by peft, not by us
@@ -118,6 +119,7 @@ class RunCLI(LightningCLI):
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the runs.")
         parser.add_lightning_class_args(recording.Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(recording.RolloutDump, "debug")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning merges a checkpoint's hyper-parameters over what the user set here; we never do."""

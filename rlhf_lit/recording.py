@@ -22,6 +22,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelChe
 from lightning.pytorch.cli import SaveConfigCallback
 
 from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.on_policy import OnPolicy
+from rlhf_lit.errors import UserError
+from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.runs import CHECKPOINTS, EXPORT
 from rlhf_lit.tracking import MetricsFile, WandB, append_rows, replace_file, short_path
 
@@ -142,6 +145,34 @@ def _commit() -> str | None:
 def _trial(trainer: Trainer) -> bool:
     """``fast_dev_run``, which leaves no files."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+class RolloutDump(Callback):
+    """``rollouts/``: everything that PPO's, RLOO's and GRPO's rollouts were made of, to look at or to recompute from.
+
+    Args:
+        dump_rollouts: write one file per rollout and rank, which ``torch.load`` opens: tokens, masks, log-probs, scores,
+            rewards, values, advantages and texts, by name.
+    """
+
+    def __init__(self, dump_rollouts: bool = False) -> None:
+        self.dump_rollouts = dump_rollouts
+        self._folder = Path()
+        self._suffix = ""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All ranks write into rank zero's folder."""
+        if not self.dump_rollouts:
+            return
+        if not isinstance(pl_module, OnPolicy):
+            raise UserError(f"debug.dump_rollouts: {type(pl_module).__name__} makes no rollouts; leave it false")
+        self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir), "rollouts")
+        self._folder.mkdir(exist_ok=True)
+        self._suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        pl_module.on_rollout = self._write
+
+    def _write(self, number: int, record: RolloutRecord) -> None:
+        torch.save(record.contents(), self._folder / f"{number:06d}{self._suffix}.pt")
 
 
 class SampleWriter(Callback):
