@@ -1,11 +1,13 @@
 """Losses over preference pairs, one small class per paper.
 
 A loss sees a :class:`PairLogProbs` and returns one value per pair. To add one, write a class with ``beta``,
-``__call__`` and (where it has its own notion of reward) ``rewards``, and name it in a config by its class path.
+``__call__`` and (where it has its own notion of reward) ``rewards``, and name it in a config by its class path. A loss
+that states its ``value_at_start`` has it checked before the first step.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,6 +61,10 @@ class PreferenceLoss:
         """[pairs] losses."""
         raise NotImplementedError
 
+    def value_at_start(self) -> float | None:
+        """The loss of any pair while policy = reference; None where the loss does not say."""
+        return None
+
     def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
         """Implicit rewards βΔ of the chosen and the rejected side, each [pairs] (2305.18290 Eq. 5)."""
         return self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
@@ -85,6 +91,10 @@ class DPOLoss(PreferenceLoss):
         h = self.beta * (pairs.chosen_logratio - pairs.rejected_logratio)
         return -(1 - self.label_smoothing) * logsigmoid(h) - self.label_smoothing * logsigmoid(-h)
 
+    def value_at_start(self) -> float | None:
+        """ln 2, whatever β and ε."""
+        return math.log(2)
+
 
 @dataclass(frozen=True)
 class IPOLoss(PreferenceLoss):
@@ -102,3 +112,7 @@ class IPOLoss(PreferenceLoss):
         if self.average_log_prob:
             chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
         return (chosen - rejected - 1 / (2 * self.beta)).square()
+
+    def value_at_start(self) -> float | None:
+        """1/(4β²), summed or averaged."""
+        return 1 / (4 * self.beta**2)
