@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,6 +110,12 @@ def prompts(count: int = 8, budget: int = EVERYTHING, seed: int = 2) -> PromptBa
     return PromptBatch(padded, index, torch.zeros_like(index), texts, tuple({} for _ in rows), budget)
 
 
+def repeated(prompts: PromptBatch, samples: int) -> PromptBatch:
+    """Each prompt asked several times, as `samples_per_prompt` does."""
+    rows = torch.arange(len(prompts)).repeat_interleave(samples)
+    return replace(prompts.select(rows), sample=torch.arange(len(rows)) % samples)
+
+
 def word_count(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
     """A reward that differs from response to response."""
     return [len(response.split()) / 4 + ("w7" in response) for response in responses]
@@ -117,13 +123,17 @@ def word_count(prompts: list[str], responses: list[str], rows: list[dict[str, An
 
 def make_ppo(base: Base, **settings: Any) -> PPO:
     """PPO with a function as the reward and a critic from the policy, unless told otherwise, with its models built."""
+    return make_on_policy(PPO, base, **{"critic": Critic(init="policy"), **settings})
+
+
+def make_on_policy(kind: Callable[..., Module], base: Base, **settings: Any) -> Module:
+    """PPO, RLOO or GRPO with a function as the reward, unless told otherwise, with its models built."""
     defaults: dict[str, Any] = {
         "reward": RewardFromFunction(word_count),
         "kl": FixedKL(0.2),
         "sampling": Sampling(max_new_tokens=10),
-        "critic": Critic(init="policy"),
     }
-    return build(PPO(base, **{**defaults, **settings}))
+    return build(kind(base, **{**defaults, **settings}))
 
 
 def build(module: Module) -> Module:
@@ -132,6 +142,14 @@ def build(module: Module) -> Module:
     module.configure_model()
     module.modes()
     return module
+
+
+def logprobs_of(module: Any, sequences: Sequences) -> Tensor:
+    """[rows, time] the policy's log-probs, by a plain softmax over the logits of its own forward; 0 off the mask."""
+    with module.roles.acting("policy") as model:
+        table = model(sequences.tokens).logits[:, :-1].log_softmax(-1)
+    chosen = table.gather(-1, sequences.tokens[:, 1:, None]).squeeze(-1)
+    return torch.where(sequences.mask, nn.functional.pad(chosen, (1, 0)), 0.0)
 
 
 def disturb(module: nn.Module, amount: float, seed: int = 3) -> None:

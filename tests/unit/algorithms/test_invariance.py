@@ -1,4 +1,4 @@
-"""How a batch is padded, ordered and cut changes neither its loss nor any gradient, in all four algorithms.
+"""How a batch is padded, ordered and cut changes neither its loss nor any gradient, in any algorithm.
 
 Everything runs in float64 after loading, so that a wrong denominator cannot hide in rounding.
 """
@@ -10,11 +10,13 @@ import pytest
 import tiny
 import torch
 
-from rlhf_lit.algorithms import DPO, SFT, RewardModel
+from rlhf_lit.algorithms import DPO, GRPO, RLOO, SFT, RewardModel
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.batches import Sequences
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
+from rlhf_lit.losses.kl import FixedKL
+from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss
 from rlhf_lit.models.loading import Base, LoRA
 
@@ -62,7 +64,29 @@ def ppo_trunk(base: Base) -> Case:
     return module.double(), experience
 
 
-CASES = [sft, reward_model, dpo, ipo, ppo, ppo_trunk]
+def rloo(base: Base) -> Case:
+    """Everything whose denominator a micro-batch could get wrong: responses that count alike, one ratio for each."""
+    policy_loss = ClippedPolicyLoss(
+        dual_clip=1.5, ratio="sequence", importance_cap=1.1, aggregation="sequence_mean", entropy_coefficient=0.3
+    )
+    module = tiny.make_on_policy(RLOO, base, policy_loss=policy_loss)
+    experience = module.rollout(tiny.repeated(tiny.prompts(4), 2), 0)
+    tiny.disturb(module, 0.03)
+    return module.double(), experience
+
+
+def grpo(base: Base) -> Case:
+    """Dr. GRPO, with the KL in the loss."""
+    policy_loss = ClippedPolicyLoss(aggregation="constant")
+    module = tiny.make_on_policy(
+        GRPO, base, kl=FixedKL(0.3, "k3", "loss"), scale_advantages=False, policy_loss=policy_loss
+    )
+    experience = module.rollout(tiny.repeated(tiny.prompts(4), 2), 0)
+    tiny.disturb(module, 0.03)
+    return module.double(), experience
+
+
+CASES = [sft, reward_model, dpo, ipo, ppo, ppo_trunk, rloo, grpo]
 
 
 @pytest.fixture(
@@ -101,11 +125,13 @@ def test_loss_and_gradients(case: Case) -> None:
     whole.assert_equals(tiny.Step(module, with_budget(shuffled, 60)), TOLERANCE)
 
 
-def test_the_loss_is_a_mean_over_all_tokens_or_pairs(case: Case) -> None:
-    """Each row alone, recombined by its own tokens or pairs, gives the batch's loss: no mean of means."""
+def test_the_loss_is_a_mean_over_what_it_says(case: Case) -> None:
+    """Each row alone, recombined by its own tokens, pairs or episodes, gives the batch's loss: no mean of means."""
     module, batch = case
     rows = [batch.select(torch.tensor([i])) for i in range(len(batch))]
-    weights = [float(module.units(row)[next(iter(module.units(row)))]) for row in rows]
+    by_token = not isinstance(module, RLOO | GRPO)
+    unit = next(iter(module.units(batch))) if by_token else "episodes"
+    weights = [float(module.units(row)[unit]) for row in rows]
     losses = [tiny.Step(module, row).totals["loss"] for row in rows]
     mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
     assert tiny.Step(module, batch).totals["loss"] == pytest.approx(mean, rel=1e-9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lit.losses.advantages import generalised_advantages
+from rlhf_lit.losses.advantages import generalised_advantages, group_relative, leave_one_out
 
 GENERATOR = torch.Generator().manual_seed(0)
 REWARDS, VALUES = torch.randn(2, 6, 12, generator=GENERATOR, dtype=torch.float64).unbind(0)
@@ -67,3 +67,37 @@ def test_what_lies_off_the_mask_is_never_read() -> None:
     clean = generalised_advantages(REWARDS, VALUES, CONTIGUOUS, 0.9, 0.8)
     for a, b in zip(clean, generalised_advantages(*poisoned, CONTIGUOUS, 0.9, 0.8), strict=True):
         assert a.equal(b)
+
+
+REWARD = torch.tensor([1.0, 10.0, 2.0, 6.0, 20.0], dtype=torch.float64)
+GROUP = torch.tensor([7, 3, 7, 7, 3])  # 1, 2 and 6 answer one prompt, 10 and 20 another
+
+
+def test_leave_one_out_by_hand() -> None:
+    advantages, baseline = leave_one_out(REWARD, GROUP)
+    assert baseline.tolist() == [4.0, 20.0, 3.5, 1.5, 10.0]
+    assert advantages.tolist() == [-3.0, -10.0, -1.5, 4.5, 10.0]
+
+
+def test_group_relative_by_hand() -> None:
+    """Means 3 and 15; Σ(x − μ)² = 14 and 50, so unbiased variances 7 and 50."""
+    plain, baseline = group_relative(REWARD, GROUP, scale=False)
+    assert baseline.tolist() == [3.0, 15.0, 3.0, 3.0, 15.0]
+    assert plain.tolist() == [-2.0, -5.0, -1.0, 3.0, 5.0]
+    scaled, _ = group_relative(REWARD, GROUP, scale=True)
+    a, b = 7**0.5 + 1e-4, 50**0.5 + 1e-4
+    assert scaled.tolist() == pytest.approx([-2 / a, -5 / b, -1 / a, 3 / a, 5 / b], abs=1e-12)
+
+
+def test_leave_one_out_is_the_mean_difference_times_n_over_n_minus_one() -> None:
+    """A group of n: R − mean of the others = n/(n − 1)·(R − μ)."""
+    advantages, _ = leave_one_out(REWARD, GROUP)
+    plain, _ = group_relative(REWARD, GROUP, scale=False)
+    size = torch.tensor([3.0, 2.0, 3.0, 3.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(advantages, plain * size / (size - 1), rtol=0, atol=1e-12)
+
+
+def test_equal_rewards_teach_nothing() -> None:
+    same, groups = torch.full((4,), 0.3), torch.zeros(4, dtype=torch.int64)
+    assert not leave_one_out(same, groups)[0].any()
+    assert group_relative(same, groups, scale=True)[0].abs().max() < 1e-3

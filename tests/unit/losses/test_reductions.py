@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_lit.losses.reductions import masked_mean, masked_sum, moments, row_sums, whiten
+from rlhf_lit.losses.reductions import masked_mean, masked_sum, moments, row_sums, token_weights, whiten
 from rlhf_lit.losses.supervised import NLLLoss
 
 VALUES = torch.tensor([[1.0, math.nan, 3.0], [math.inf, 8.0, -2.0]])
@@ -50,3 +50,15 @@ def test_constant_values_whiten_to_zero() -> None:
 
 def test_nll_is_minus_the_log_prob() -> None:
     assert NLLLoss()(torch.tensor([[-0.5, 0.0]])).tolist() == [[0.5, 0.0]]
+
+
+def test_token_weights_by_hand() -> None:
+    """Responses of 2 and 1 tokens, in a batch of 5 tokens and 3 episodes over all ranks, none longer than 4."""
+    mask = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    tokens, episodes = torch.tensor(5.0), torch.tensor(3.0)
+    expected = {"token_mean": (1 / 5, 1 / 5), "sequence_mean": (1 / 6, 1 / 3), "constant": (1 / 12, 1 / 12)}
+    for aggregation, (long, short) in expected.items():
+        weights = token_weights(mask, aggregation, tokens, episodes, longest=4)  # type: ignore[arg-type]
+        by_hand = torch.tensor([[0.0, long, long], [0.0, short, 0.0]], dtype=torch.float64)
+        torch.testing.assert_close(weights, by_hand, rtol=0, atol=1e-15)
+    assert not token_weights(torch.zeros(1, 2), "sequence_mean", tokens, episodes, 4).any(), "an empty row is no NaN"

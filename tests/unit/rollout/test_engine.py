@@ -123,3 +123,31 @@ def test_any_stop_token_ends_a_response(model: torch.nn.Module) -> None:
 def test_settings_are_checked(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"sampling.{next(iter(settings))}"):
         Sampling(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("filters", "kept"), [({"top_k": 3}, 3), ({"top_p": 0.5}, None), ({"top_k": 1}, 1)])
+def test_filtered_samples_stay_in_the_filter(
+    model: torch.nn.Module, filters: dict[str, float], kept: int | None
+) -> None:
+    """First tokens of many draws: the likeliest, none beyond; their log-probs are the filtered distribution's."""
+    prompt = tiny.prompts(1).prompts
+    many = prompt.select(torch.zeros(300, dtype=torch.int64))
+    sampling = Sampling(max_new_tokens=1, rows_at_once=300, **filters)  # type: ignore[arg-type]
+    samples = sample(model, many, keys(torch.arange(300)), sampling, (tiny.EOS,))
+    with torch.no_grad():
+        logits: Tensor = model(prompt.tokens).logits[0, -1]  # type: ignore[operator]
+    order = logits.argsort(descending=True)
+    if kept is None:  # the fewest that reach the probability
+        kept = int((logits.softmax(-1)[order].cumsum(-1) < filters["top_p"]).sum()) + 1
+        assert 1 < kept < 20
+    allowed = order[:kept]
+    drawn = samples.sequences.tokens[:, -1]
+    assert set(drawn.tolist()) == set(allowed.tolist())
+    table = torch.full_like(logits, -torch.inf).scatter(0, allowed, logits[allowed]).log_softmax(-1)
+    torch.testing.assert_close(samples.sampled_logprobs[:, -1], table[drawn], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("setting", "bad"), [("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)])
+def test_filters_that_keep_nothing_are_refused(setting: str, bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"sampling\.{setting}"):
+        Sampling(**{setting: bad})  # type: ignore[arg-type]
