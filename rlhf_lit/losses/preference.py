@@ -84,12 +84,38 @@ class DPOLoss(PreferenceLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"loss.label_smoothing must lie in [0, 0.5), not {self.label_smoothing}")
+        _check_label_smoothing(self.label_smoothing)
 
     def __call__(self, pairs: PairLogProbs) -> Tensor:
         h = self.beta * (pairs.chosen_logratio - pairs.rejected_logratio)
         return -(1 - self.label_smoothing) * logsigmoid(h) - self.label_smoothing * logsigmoid(-h)
+
+    def value_at_start(self) -> float | None:
+        """ln 2, whatever β and ε."""
+        return math.log(2)
+
+
+@dataclass(frozen=True)
+class RobustDPOLoss(PreferenceLoss):
+    """[(1 − ε)(−log σ(βh)) − ε(−log σ(−βh))]/(1 − 2ε), h = Δ_w − Δ_l (rDPO, Chowdhury et al. 2024, arXiv 2403.00409).
+
+    Over labels of which a share ε is flipped, its mean is the DPO loss of the right ones. A single pair's loss has no
+    lower bound: once a pair is won by far, it falls by βε/(1 − 2ε) for every nat more.
+
+    Args:
+        label_smoothing: ε in [0, 0.5), the rate of flipped labels. 0 is DPO.
+    """
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_label_smoothing(self.label_smoothing)
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        h = self.beta * (pairs.chosen_logratio - pairs.rejected_logratio)
+        flipped = self.label_smoothing
+        return (-(1 - flipped) * logsigmoid(h) + flipped * logsigmoid(-h)) / (1 - 2 * flipped)
 
     def value_at_start(self) -> float | None:
         """ln 2, whatever β and ε."""
@@ -116,3 +142,8 @@ class IPOLoss(PreferenceLoss):
     def value_at_start(self) -> float | None:
         """1/(4β²), summed or averaged."""
         return 1 / (4 * self.beta**2)
+
+
+def _check_label_smoothing(rate: float) -> None:
+    if not 0 <= rate < 0.5:
+        raise ValueError(f"loss.label_smoothing must lie in [0, 0.5), not {rate}")

@@ -1,11 +1,11 @@
-"""DPO, cDPO and IPO against numbers worked out by hand."""
+"""DPO, cDPO, robust DPO and IPO against numbers worked out by hand."""
 
 import math
 
 import pytest
 import torch
 
-from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss
+from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss, RobustDPOLoss
 
 LN2 = math.log(2)
 
@@ -48,6 +48,19 @@ def test_label_smoothing_is_cdpo() -> None:
     assert float(h[losses.argmin()]) == pytest.approx(math.log(9) / 0.4, abs=1e-3)
 
 
+def test_robust_dpo_by_hand() -> None:
+    expected = (-0.9 * log_sigmoid(0.6) + 0.1 * log_sigmoid(-0.6)) / 0.8
+    assert RobustDPOLoss(beta=0.4, label_smoothing=0.1)(ONE).item() == pytest.approx(expected, abs=1e-12)
+    assert RobustDPOLoss(beta=0.4)(ONE).equal(DPOLoss(beta=0.4)(ONE))
+
+
+def test_robust_dpo_on_flipped_labels_is_dpo_on_true_ones_in_the_mean() -> None:
+    chosen, rejected = pairs((-3.0, -2.5, -4.0, -2.0)), pairs((-2.5, -3.0, -2.0, -4.0))  # h = 1.5, and its flip
+    robust = RobustDPOLoss(beta=0.4, label_smoothing=0.2)
+    mean = 0.8 * robust(chosen) + 0.2 * robust(rejected)
+    torch.testing.assert_close(mean, DPOLoss(beta=0.4)(chosen), rtol=0, atol=1e-12)
+
+
 def test_ipo_sums_or_averages() -> None:
     assert IPOLoss(beta=0.4)(ONE).item() == pytest.approx((1.5 - 1.25) ** 2, abs=1e-12)
     averaged = IPOLoss(beta=0.4, average_log_prob=True)(ONE).item()
@@ -58,7 +71,11 @@ def test_ipo_sums_or_averages() -> None:
 def test_step_zero(beta: float) -> None:
     """Policy = reference, whatever the log-probs: ln 2, and 1/(4β²)."""
     same = pairs((-3.0, -2.5, -3.0, -2.5), (-80.0, -1.0, -80.0, -1.0))
-    for loss in (DPOLoss(beta=beta), DPOLoss(beta=beta, label_smoothing=0.2)):
+    for loss in (
+        DPOLoss(beta=beta),
+        DPOLoss(beta=beta, label_smoothing=0.2),
+        RobustDPOLoss(beta=beta, label_smoothing=0.2),
+    ):
         assert loss(same).tolist() == pytest.approx([LN2, LN2], abs=1e-12)
     for averaged in (False, True):
         assert IPOLoss(beta=beta, average_log_prob=averaged)(same).tolist() == pytest.approx([0.25 / beta**2] * 2)
@@ -84,7 +101,7 @@ def test_extreme_log_ratios_stay_finite() -> None:
     assert losses.tolist() == pytest.approx([8000.0, 0.0])
 
 
-@pytest.mark.parametrize("kind", [DPOLoss, IPOLoss])
+@pytest.mark.parametrize("kind", [DPOLoss, RobustDPOLoss, IPOLoss])
 def test_beta_is_required_and_positive(kind: type[PreferenceLoss]) -> None:
     with pytest.raises(TypeError, match="beta"):
         kind()  # type: ignore[call-arg]
@@ -93,7 +110,8 @@ def test_beta_is_required_and_positive(kind: type[PreferenceLoss]) -> None:
             kind(beta=beta)
 
 
-@pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0])
-def test_label_smoothing_below_a_half(smoothing: float) -> None:
+@pytest.mark.parametrize("kind", [DPOLoss, RobustDPOLoss])
+@pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0, math.nan])
+def test_label_smoothing_below_a_half(kind: type[DPOLoss | RobustDPOLoss], smoothing: float) -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
-        DPOLoss(beta=0.1, label_smoothing=smoothing)
+        kind(beta=0.1, label_smoothing=smoothing)
