@@ -151,8 +151,8 @@ class RolloutDump(Callback):
     """``rollouts/``: everything that PPO's, RLOO's and GRPO's rollouts were made of, to look at or to recompute from.
 
     Args:
-        dump_rollouts: write one file per rollout and rank, which ``torch.load`` opens: tokens, masks, log-probs, scores,
-            rewards, values, advantages and texts, by name.
+        dump_rollouts: write one file per rollout and rank, which ``torch.load`` opens: tokens, masks, log-probs,
+            scores, rewards, values, advantages and texts, by name.
     """
 
     def __init__(self, dump_rollouts: bool = False) -> None:

@@ -1,5 +1,6 @@
-"""The algorithms, and the reward sources their configs name."""
+"""The algorithms."""
 
+import rlhf_lit.rollout.verifiable  # noqa: F401 - so that configs can name its reward sources by their class alone
 from rlhf_lit.algorithms.dpo import DPO
 from rlhf_lit.algorithms.grpo import GRPO
 from rlhf_lit.algorithms.ppo import PPO

@@ -138,6 +138,12 @@ class PPO(OnPolicy):
             clipfrac = masked_sum(clipped.float(), mask) / tokens
             yield Share(self.value_loss.coefficient * loss, {"value/loss": loss.detach(), "value/clipfrac": clipfrac})
 
+    def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:
+        super().log_step(totals, grad_norm)
+        if self.critic.learning_rate is not None:
+            optimizer: Any = self.optimizers()
+            self.log("train/critic_learning_rate", optimizer.param_groups[1]["lr"])
+
     def moving_parameters(self) -> list[nn.Parameter]:
         return self.roles.critic_parameters() if self.warming_up else self.trainable_parameters()
 

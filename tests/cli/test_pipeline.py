@@ -331,7 +331,7 @@ def test_every_shipped_config_prints_with_every_overlay(
             assert config["model"]["init_args"]["base"]["quantization"]["type"] == "nf4", path
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "rloo", "grpo"])
 def test_the_debug_overlay_tries_a_quickstart_config_out(here: Path, algorithm: str) -> None:
     command(
         "fit", "--config", CONFIGS / algorithm / "quickstart.yaml", "--config", OVERLAYS / "debug.yaml",

@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 EXTENDING = ROOT / "docs" / "extending.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
-ALGORITHMS = ("SFT", "RewardModel", "PPO", "DPO")
+ALGORITHMS = ("SFT", "RewardModel", "PPO", "RLOO", "GRPO", "DPO")
+ON_POLICY = ("PPO", "RLOO", "GRPO")
 OVERLAYS = ["--config=configs/overlays/qlora.yaml", "--config=configs/overlays/wandb.yaml"]
 ROOMS = ("configs", "docs", "rlhf_lit", "tests")
 
@@ -96,11 +97,11 @@ def keys_of(config: Any, path: str = "") -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def known_keys() -> set[str]:
-    """What the four algorithms' configurations have, LoRA, 4-bit and Weights & Biases included."""
+    """What the algorithms' configurations have, LoRA, 4-bit and Weights & Biases included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         found: set[str] = set()
-        for name in ("sft/qwen_0.5b", "reward/qwen_0.5b", "ppo/qwen_0.5b", "dpo/qwen_0.5b"):
+        for name in ("sft/qwen_0.5b", "reward/qwen_0.5b", "ppo/qwen_0.5b", "grpo/gsm8k", "dpo/qwen_0.5b"):
             found |= set(keys_of(parsed(["fit", f"--config=configs/{name}.yaml", *OVERLAYS])))
     return found
 
@@ -250,7 +251,8 @@ class Ran:
     def columns(self, name: str) -> set[str]:
         """Metrics that were written at least once, by the run or by one named `run/variant`."""
         rows = [row for run, rows in self.rows.items() if run.split("/")[0] == name for row in rows]
-        return {key for row in rows for key, value in row.items() if value} - {"step", "epoch"}
+        found = {key for row in rows for key, value in row.items() if value} - {"step", "epoch"}
+        return {re.sub(r"^objective/scores/.*", "objective/scores/<source>", key) for key in found}
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +287,23 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             "SFT": "sft", "RewardModel": "rewardmodel", "DPO": "hinge", "PPO": "matching", "SimPO": "simpo"
         }.items():  # fmt: skip
             result.take(name, place / "runs" / run)
-        again = next(c for c in commands_of(EXTENDING) if "matching" in c)
-        status = main([*shlex.split(again)[3:], "--name=kl_in_the_loss", "--model.kl.placement=loss"])
-        assert status == 0
-        result.take("PPO/penalty in the loss", place / "runs" / "kl_in_the_loss")
+        # Some metrics are there where their option is.
+        options = [
+            "--model.kl.placement=loss", "--model.policy_loss.entropy_coefficient=0.01",
+            "--model.policy_loss.importance_cap=2", "--model.reward=RewardSum",
+            "--model.reward.sources={brief: {class_path: LengthReward, init_args: {target: 4}}}",
+            "--model.reward.weights={brief: 1.0}",
+        ]  # fmt: skip
+        again = next(shlex.split(c)[3:] for c in commands_of(EXTENDING) if "matching" in c)
+        variants = {
+            "PPO/with options": [*again, *options, "--model.critic.learning_rate=1e-3"],
+            **{name: [*again, f"--model={name}", "--data.samples_per_prompt=2"] for name in ("RLOO", "GRPO")},
+        }
+        variants |= {f"{name}/with options": [*variants[name], *options] for name in ("RLOO", "GRPO")}
+        for run, argv in variants.items():
+            name = run.replace(" ", "_")
+            assert main([*argv, f"--name={name}"]) == 0
+            result.take(run, place / "runs" / name)
     yield result
     for module in ("my_losses", "my_rewards", "my_kl", "simpo"):
         sys.modules.pop(module, None)
@@ -301,11 +316,11 @@ def table_of_metrics() -> dict[str, set[str]]:
     metric = ""
     for line in (ROOT / "docs" / "metrics.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) != 6 or not (match := re.fullmatch(r"`([\w/]+)`|", cells[0])):
+        if len(cells) != 6 or not (match := re.fullmatch(r"`([\w/<>]+)`|", cells[0])):
             continue
         metric = match[1] or metric
         assert all(cells[1:]), f"{metric}: a cell is empty"
-        for algorithm in ALGORITHMS if cells[1] == "all" else cells[1].split(", "):
+        for algorithm in {"all": ALGORITHMS, "on-policy": ON_POLICY}.get(cells[1], cells[1].split(", ")):
             assert metric not in found[algorithm], f"{metric} is defined twice for {algorithm}"
             found[algorithm].add(metric)
     return found
