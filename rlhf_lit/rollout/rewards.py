@@ -1,11 +1,18 @@
-"""Where a rollout's scores come from: a trained reward model, or any Python function."""
+"""Where a rollout's scores come from: a trained reward model, any Python function, or a weighted sum of sources.
+
+Sources that check a response by a rule, without a model, are in ``verifiable.py``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import reprlib
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +23,11 @@ from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, Dtype, load_scorer, load_tokenizer, unwrapped
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
+
+LARGEST = torch.finfo(torch.float32).max
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 100
 
 
 @dataclass(frozen=True)
@@ -137,12 +149,17 @@ class RewardFromFunction(RewardSource):
 
     Args:
         function: gets lists of prompt texts, response texts and data rows; returns one number for each, in a list, an
-            array or a tensor.
+            array or a tensor. True counts as 1, False as 0.
     """
 
     def __init__(self, function: RewardFunction) -> None:
         super().__init__()
         self.function = function
+
+    @property
+    def name(self) -> str:
+        """What messages call the function."""
+        return str(getattr(self.function, "__qualname__", repr(self.function)))
 
     def forward(
         self,
@@ -152,17 +169,135 @@ class RewardFromFunction(RewardSource):
         rows: list[dict[str, Any]],
         budget: int,
     ) -> Tensor:
-        name = getattr(self.function, "__qualname__", repr(self.function))
-        scores = self.function(prompts, responses, rows)
-        if hasattr(scores, "tolist"):  # an array or a tensor
-            scores = scores.tolist()
-        if not isinstance(scores, Sequence):
-            raise UserError(f"reward.function: {name} returned a {type(scores).__name__} instead of a list of numbers")
-        if len(scores) != len(responses):
-            raise UserError(f"reward.function: {name} returned {len(scores)} scores for {len(responses)} responses")
-        for i, score in enumerate(scores):
-            if not isinstance(score, int | float) or not math.isfinite(score):
-                raise UserError(
-                    f"reward.function: {name} returned {score!r} instead of a number for the response {responses[i]!r}"
-                )
-        return torch.tensor(scores, dtype=torch.float32, device=sequences.tokens.device)
+        try:
+            scores = self.function(prompts, responses, rows)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(self._complaint(error, prompts, responses, rows)) from error
+        return score_tensor(scores, responses, sequences.tokens.device, f"reward.function: {self.name}")
+
+    def _complaint(self, error: Exception, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> str:
+        """What was raised and where; and on which row, where the function raises the same on that row alone."""
+        line = f"reward.function: {self.name} raised {_described(error)}"
+        for frame in traceback.extract_tb(error.__traceback__)[1:2]:  # the function's own, below ours
+            line += f" ({Path(frame.filename).name}, line {frame.lineno})"
+        for i in range(len(responses)):
+            try:
+                self.function(prompts[i : i + 1], responses[i : i + 1], rows[i : i + 1])
+            except Exception as again:
+                if _described(again) == _described(error):
+                    return f"{line}; the first row it fails on is row {i}, the response {shown(responses[i])}"
+        return line
+
+
+class RewardSum(RewardSource):
+    """Σ weight · score over several named sources, whose own scores are logged as `objective/scores/<name>`.
+
+    Args:
+        sources: by a name of yours: the reward sources. A critic that starts from the reward starts from the first of
+            them, in this order, that is a model.
+        weights: of each source, by the same names. 0 only logs it; a negative weight turns it around.
+
+    Raises:
+        UserError: no source, names that do not agree, or a weight that is not finite.
+    """
+
+    def __init__(self, sources: dict[str, RewardSource], weights: dict[str, float]) -> None:
+        super().__init__()
+        if not sources:
+            raise UserError("reward.sources: name at least one source")
+        for name in sources:
+            if name not in weights:
+                raise UserError(f"reward.weights: no weight for the source {name!r}")
+        for name, weight in weights.items():
+            if name not in sources:
+                raise UserError(f"reward.weights: {name!r} names no source; there is {', '.join(sources)}")
+            require_finite(f"reward.weights.{name}", weight)
+        for name in sources:
+            if not name or "." in name or hasattr(nn.ModuleDict(), name):  # as torch names modules
+                raise UserError(f"reward.sources: {name!r} cannot be the name of a source; choose another")
+        self.sources = cast("Mapping[str, RewardSource]", nn.ModuleDict(sources))
+        self.weights = weights
+
+    def prepare(self, tokenizer: Any) -> None:
+        for name, source in self.sources.items():
+            with _complaining_as(name):
+                source.prepare(tokenizer)
+
+    def critic_base(self) -> Base | None:
+        """That of the first source, in the order given, that has one."""
+        bases = (source.critic_base() for source in self.sources.values())
+        return next((base for base in bases if base is not None), None)
+
+    def forward(
+        self,
+        sequences: Sequences,
+        prompts: list[str],
+        responses: list[str],
+        rows: list[dict[str, Any]],
+        budget: int,
+    ) -> Tensor:
+        self.parts = {}
+        for name, source in self.sources.items():
+            with _complaining_as(name):
+                self.parts[name] = source(sequences, prompts, responses, rows, budget)
+        return torch.stack([self.weights[name] * part for name, part in self.parts.items()]).sum(0)
+
+
+def score_tensor(scores: Any, responses: Sequence[str], device: torch.device, giver: str) -> Tensor:
+    """Scores in any common form, checked.
+
+    Args:
+        scores: one number for each response: a list or tuple, an array, a tensor, or a list of their scalars.
+        responses: the texts that were scored.
+        device: where the scores are wanted.
+        giver: the source, as a message begins: its config key and name.
+
+    Returns:
+        [rows] float32 scores.
+
+    Raises:
+        UserError: another type or number of scores, or one that is no number, or not finite in float32.
+    """
+    if hasattr(scores, "tolist"):  # an array or a tensor
+        scores = scores.tolist()
+    if not isinstance(scores, Sequence):
+        raise UserError(f"{giver} returned a {type(scores).__name__} instead of a list of numbers")
+    if len(scores) != len(responses):
+        raise UserError(f"{giver} returned {len(scores)} scores for {len(responses)} responses")
+    numbers = [score.tolist() if hasattr(score, "tolist") else score for score in scores]
+    for i, number in enumerate(numbers):
+        # NaN compares as False, and an int beyond every float compares exactly.
+        if not isinstance(number, int | float) or not abs(number) <= LARGEST:
+            raise UserError(
+                f"{giver} returned {shown(number)} instead of a number (finite in float32) for row {i}, "
+                f"the response {shown(responses[i])}"
+            )
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def shown(value: Any) -> str:
+    """A response or a value in a message: on one line, and enough of it to recognise it by."""
+    return " ".join(_short.repr(value).split())
+
+
+def require_finite(field: str, value: float) -> None:
+    """Refuse a setting that is NaN or infinite. Raises UserError."""
+    if not math.isfinite(value):
+        raise UserError(f"{field} must be a finite number, not {value}")
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+@contextmanager
+def _complaining_as(name: str) -> Iterator[None]:
+    """Name the source of a sum in its complaint: `reward.path: …` becomes `reward.sources.<name>.path: …`."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        rest = message.removeprefix("reward") if message.startswith("reward.") else f": {message}"
+        raise UserError(f"reward.sources.{name}{rest}") from error
