@@ -7,13 +7,14 @@ change what is sampled.
 from __future__ import annotations
 
 import os
+import random
 
 import numpy as np
 import torch
 from torch import Tensor
 
 # Purposes keep streams of the same (seed, step) apart.
-PURPOSES = {"step": 0, "shuffle": 1, "minibatches": 2, "sampling": 3, "validation": 4}
+PURPOSES = {"step": 0, "shuffle": 1, "minibatches": 2, "sampling": 3, "validation": 4, "rollout": 5}
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -29,6 +30,14 @@ def derive_seed(purpose: str, *numbers: int) -> int:
     """A 63-bit seed from the run's seed, a purpose and any numbers (a step, an epoch, a rank)."""
     state = np.random.SeedSequence((global_seed(), PURPOSES[purpose], *numbers)).generate_state(1, np.uint64)
     return int(state[0] >> 1)
+
+
+def reseed(purpose: str, *numbers: int) -> None:
+    """Set the global generators of Python, NumPy and torch (on all devices) anew, whatever was drawn before."""
+    seed = derive_seed(purpose, *numbers)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def permutation(size: int, purpose: str, *numbers: int) -> Tensor:

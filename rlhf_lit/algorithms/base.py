@@ -23,7 +23,7 @@ from torchmetrics import MeanMetric
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, SupervisedBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base, load_tokenizer
-from rlhf_lit.randomness import derive_seed
+from rlhf_lit.randomness import reseed
 
 Batch = SupervisedBatch | PreferenceBatch | ExperienceBatch
 
@@ -203,7 +203,7 @@ class Algorithm(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step over one batch."""
         started = time.perf_counter()
-        torch.manual_seed(derive_seed("step", self.global_step, self.global_rank))
+        reseed("step", self.global_step, self.global_rank)
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
@@ -340,6 +340,7 @@ class Algorithm(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Losses and metrics on held-out rows (none where the last batch is smaller than the number of ranks)."""
         if len(batch):
+            reseed("validation", self.global_step, batch_idx, self.global_rank)
             self.evaluate(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:

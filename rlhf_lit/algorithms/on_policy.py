@@ -28,6 +28,7 @@ from rlhf_lit.models.comparison import Comparison, compare_with_reference, exact
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.randomness import reseed
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.record import RolloutRecord, Scores
 from rlhf_lit.rollout.rewards import RewardSource
@@ -166,6 +167,8 @@ class OnPolicy(WritingAlgorithm):
             Experience in the order of the prompts.
         """
         started = time.perf_counter()
+        # Sampling draws by keys of its own; a reward function may ask the global generators.
+        reseed("rollout", number, self.global_rank)
         samples = self.respond(prompts, number)
         sequences, mask = samples.sequences, samples.sequences.mask
         sampled = time.perf_counter()

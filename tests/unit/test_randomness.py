@@ -1,11 +1,13 @@
 """Randomness as a function of its arguments: keyed Gumbel noise against the distributions it must have."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
-from rlhf_lit.randomness import derive_seed, gumbel_noise, permutation, row_keys
+from rlhf_lit.randomness import derive_seed, gumbel_noise, permutation, reseed, row_keys
 
 EULER_GAMMA = 0.5772156649015329
 
@@ -90,3 +92,14 @@ def test_seeds_do_not_touch_the_global_generators() -> None:
     permutation(10, "shuffle", 0)
     gumbel_noise(keys(2), 0, 5)
     assert torch.rand(3).equal(expected)
+
+
+def test_reseeding_decides_what_every_global_generator_draws() -> None:
+    def draws(*numbers: int) -> tuple[float, float, float]:
+        reseed("step", *numbers)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    first = draws(4, 0)
+    assert draws(4, 0) == first
+    for other in (draws(5, 0), draws(4, 1)):
+        assert not set(other) & set(first)
