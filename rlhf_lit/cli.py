@@ -32,6 +32,7 @@ from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.preference import PreferenceLoss
+from rlhf_lit.preflight import Preflight
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # for PPO a sanity check would sample before the first step
@@ -89,8 +90,9 @@ class Parser(LightningArgumentParser):
 class RunCLI(LightningCLI):
     """The command line of the four training commands.
 
-    Beside Lightning's keys a config has ``name`` and ``runs`` (where the run's folder stands) and ``checkpoint`` (how
-    often to save). ``--ckpt_path last`` continues the newest run of that name that has a checkpoint, in its folder.
+    Beside Lightning's keys a config has ``name`` and ``runs`` (where the run's folder stands), ``preflight`` (whether
+    it is checked before its first step) and ``checkpoint`` (how often to save). ``--ckpt_path last`` continues the
+    newest run of that name that has a checkpoint, in its folder.
     """
 
     def __init__(self, argv: list[str]) -> None:
@@ -118,6 +120,10 @@ class RunCLI(LightningCLI):
             "--name", type=str | None, default=None, help="Name of the run (default: the algorithm's, lower-case)."
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the runs.")
+        # Known to all four commands, since a run's config.yaml serves them all.
+        parser.add_argument(
+            "--preflight", type=bool, default=True, help="Check rows, models and rewards before the first step of fit."
+        )
         parser.add_lightning_class_args(recording.Checkpoint, "checkpoint")
         parser.add_lightning_class_args(recording.RolloutDump, "debug")
 
@@ -161,6 +167,8 @@ class RunCLI(LightningCLI):
         folder = self.folder or runs.run_parent(config.runs, config.name)
         self.save_config_kwargs = {"resumed": self.resumed}
         callbacks = _as_list(settings.callbacks)
+        if self.subcommand == "fit" and config.preflight:  # before the callbacks that show or write anything
+            callbacks.append(Preflight())
         try:
             return super().instantiate_trainer(
                 default_root_dir=str(folder.absolute()),
