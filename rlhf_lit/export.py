@@ -41,6 +41,7 @@ def _save(model: Any, folder: Path, adapter: str) -> None:
 
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, selected_adapters=[adapter])
+        model.foundation.save(folder)
     else:
         model.save_pretrained(folder)
 

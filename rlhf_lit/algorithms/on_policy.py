@@ -112,6 +112,7 @@ class OnPolicy(WritingAlgorithm):
 
     def build(self) -> None:
         self.roles = Roles(self.base, reference=True)
+        self.reward.share(self.roles)
         self.reward.prepare(self.tokenizer)
 
     def on_fit_start(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.foundation import Foundation, fingerprint
 from rlhf_lit.runs import resolve_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -70,7 +71,8 @@ class Base:
         attention: transformers' attention implementation; null lets transformers choose.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         lora: train low-rank adapters instead of all weights.
-        quantization: load the base weights in 4 bits (needs `lora`, or an adapter folder).
+        quantization: load the base weights in 4 bits (needs `lora`, or an adapter folder). Where `name` is an adapter
+            folder, null is what the adapter was trained on.
         fresh: take only the configuration from `name` and start from random weights, drawn from the seed.
         revision: a branch, tag or commit on the hub.
         trust_remote_code: run model code that comes with the weights.
@@ -115,6 +117,11 @@ def _adapter_config(base: Base) -> dict[str, Any] | None:
 
     file = None if base.fresh else find_adapter_config_file(base.folder, revision=base.revision)
     return cast("dict[str, Any]", json.loads(Path(file).read_text())) if file else None
+
+
+def holds_adapter(base: Base) -> bool:
+    """Whether a base names an adapter, and no whole model."""
+    return _adapter_config(base) is not None
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -191,8 +198,12 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
                 f"{adapter['lora_alpha']}, which is continued; set base.lora to the same values, or export it merged"
             )
         weights = replace(base, name=str(adapter["base_model_name_or_path"]))
+        recorded = Foundation.load(base.folder)
+        if recorded and recorded.quantization and base.quantization is None:
+            # An adapter stands on the base it was trained on, in 4 bits where that was.
+            weights = replace(weights, quantization=Quantization(**recorded.quantization))
     else:
-        weights = base
+        weights, recorded = base, None
     if base.quantization and not (base.lora or adapter):
         raise UserError("base.quantization: 4-bit weights cannot be trained: set base.lora too")
     auto = getattr(transformers, auto_class)
@@ -212,8 +223,8 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
                 torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
                 model = auto.from_config(config, dtype=dtype)
         else:
-            if base.quantization:
-                keywords["quantization_config"] = _quantization_config(base.quantization)
+            if weights.quantization:
+                keywords["quantization_config"] = _quantization_config(weights.quantization)
             model, loaded = auto.from_pretrained(weights.folder, dtype=dtype, output_loading_info=True, **keywords)
             missing = set(loaded["missing_keys"])
     except (OSError, ValueError, ImportError) as error:
@@ -225,14 +236,25 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
         raise UserError(
             f"base.name: {weights.folder!r} is no whole language model, it lacks {', '.join(sorted(missing))}"
         )
-    if base.quantization:
+    if weights.quantization:
         _keep_4bit_layout(model)
     if base.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if base.lora or adapter_folder:
         model.requires_grad_(False)
+        foundation = _foundation(model, weights)
+        if recorded and adapter_folder:
+            recorded.require_same(foundation, adapter_folder, "base.name")
         model = _with_adapter(model, base, adapter_folder, weights.address, scorer)
+        model.foundation = foundation
     return cast("nn.Module", model.eval())
+
+
+def _foundation(model: Any, base: Base) -> Foundation:
+    """What a model, loaded and not yet adapted, is as the base of adapters."""
+    body = getattr(model, model.base_model_prefix)
+    quantization = asdict(base.quantization) if base.quantization else None
+    return Foundation(base.address, quantization, fingerprint(body))
 
 
 def _quantization_config(quantization: Quantization) -> Any:

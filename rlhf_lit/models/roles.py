@@ -1,4 +1,4 @@
-"""Roles: policy, reference and critic behind one interface, on one LoRA base or as separate models.
+"""Roles: policy, reference, critic and reward behind one interface, on one LoRA base or as separate models.
 
 ``with roles.acting("reference") as model:`` gives the model that plays the role. With LoRA that is the policy's own
 base with another adapter (or none) in force; without, a model of its own. The algorithm's code does not know which.
@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
-from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer, stored_bias, unwrapped
+from rlhf_lit.models.loading import Base, holds_adapter, load_causal_lm, load_scorer, stored_bias, unwrapped
 
-Role = Literal["policy", "reference", "value"]
+# "policy", "reference", "value", or what ``add_reward`` returns.
+Role = str
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,16 @@ class Roles(nn.Module):
         if trunk:
             self._adapters["value"] = self._adapters["policy"]
             return
-        if self.shared:
+        if self.shared and init is None:
             self._copy_adapter("value", trainable=True)
-            if init is not None:
-                self._take_adapter("value", init.folder)
+            return
+        if self.shared and init is not None:
+            if not holds_adapter(init):
+                raise UserError(
+                    f"critic.init: the policy trains LoRA adapters, but the reward model in {init.folder} is a full "
+                    "model; train it with base.lora, or set critic.init: policy"
+                )
+            self.heads["value"] = self._load_adapter("value", init.folder, True, "critic.init")
             return
         if init is not None:  # it trains beside the policy, in the same manner
             init = replace(init, attention=base.attention, gradient_checkpointing=base.gradient_checkpointing)
@@ -122,6 +130,19 @@ class Roles(nn.Module):
         if init is not None and scorer is not inner:
             scorer = scorer.merge_and_unload()
         self.models["value"] = scorer.requires_grad_(True)
+
+    def add_reward(self, base: Base) -> str:
+        """A frozen reward role: a LoRA reward model's adapter and head on the policy's base.
+
+        Returns:
+            The role's name.
+
+        Raises:
+            UserError: the adapter was trained on another base.
+        """
+        name = f"reward{sum(role.startswith('reward') for role in self._adapters)}"
+        self.heads[name] = self._load_adapter(name, base.folder, False, "reward.path")
+        return name
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """The critic's own trainable parameters: none that it shares with the policy."""
@@ -175,43 +196,47 @@ class Roles(nn.Module):
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         weights = get_peft_model_state_dict(self.policy, adapter_name="default")
+        requires = {key: parameter.requires_grad for key, parameter in self.policy.named_parameters()}
         self.policy.add_adapter(name, copy.deepcopy(self.policy.peft_config["default"]))
         set_peft_model_state_dict(self.policy, weights, adapter_name=name)
         self._adapters[name] = name
         # add_adapter leaves only one adapter trainable; say for each what it is.
         for key, parameter in self.policy.named_parameters():
-            if "lora_" in key:
-                parameter.requires_grad_((f".{name}." in key and trainable) or ".default." in key or ".value." in key)
+            parameter.requires_grad_(requires.get(key, trainable))
 
-    def _take_adapter(self, name: str, folder: str) -> None:
-        """Load the adapter and score head of a reward model trained with LoRA on the same base."""
+    def _load_adapter(self, name: str, folder: str, trainable: bool, field: str) -> nn.Linear:
+        """A reward model's adapter under a name of its own, on the policy's base, and its score head.
+
+        Raises:
+            UserError: it was trained on another base. Names ``field`` of the config.
+        """
         from os.path import realpath
-        from pathlib import Path
 
         from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
-        if not (Path(folder) / "adapter_config.json").is_file():
+        config, ours = PeftConfig.from_pretrained(folder), self.policy.peft_config["default"]
+        if recorded := Foundation.load(folder):
+            recorded.require_same(self.policy.foundation, folder, field)
+        elif realpath(config.base_model_name_or_path) != realpath(ours.base_model_name_or_path):
             raise UserError(
-                f"critic.init: the policy trains LoRA adapters, but the reward model in {folder} is a full model; "
-                "train it with the same base.lora, or set critic.init: policy"
+                f"{field}: the adapter in {folder} was trained on {config.base_model_name_or_path}, the policy's on "
+                f"{ours.base_model_name_or_path}; train both on the same base"
             )
-        theirs, ours = PeftConfig.from_pretrained(folder), self.policy.peft_config["default"]
-        for field in ("r", "lora_alpha", "use_dora", "use_rslora", "base_model_name_or_path"):
-            value, wanted = getattr(theirs, field), getattr(ours, field)
-            same = realpath(value) == realpath(wanted) if field == "base_model_name_or_path" else value == wanted
-            if not same:
-                raise UserError(
-                    f"critic.init: the adapter in {folder} has {field} {value}, the policy's {wanted}; train the "
-                    "reward model with the policy's base and base.lora, or set critic.init: policy"
-                )
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not trainable
         weights = load_peft_weights(folder, device="cpu")
         score = [value for key, value in weights.items() if "score" in key]
-        body = {key: value for key, value in weights.items() if "score" not in key}
-        try:
-            set_peft_model_state_dict(self.policy, body, adapter_name=name)
-        except RuntimeError:
-            raise UserError(f"critic.init: the adapter in {folder} has another shape than the policy's") from None
-        head = self.heads["value"]
-        assert isinstance(head, nn.Linear)
+        if not score:
+            raise UserError(f"{field}: {folder} holds a language model's adapter, no reward model's")
+        requires = {key: parameter.requires_grad for key, parameter in self.policy.named_parameters()}
+        self.policy.add_adapter(name, config)
+        set_peft_model_state_dict(
+            self.policy, {key: value for key, value in weights.items() if "score" not in key}, adapter_name=name
+        )
+        # add_adapter leaves only one adapter trainable; say for each what it is.
+        for key, parameter in self.policy.named_parameters():
+            parameter.requires_grad_(requires.get(key, trainable))
+        self._adapters[name] = name
+        head = scalar_head(score[0].shape[1])
         head.weight.data.copy_(score[0].to(torch.float32))
         head.bias.data.fill_(stored_bias(folder) or 0.0)
+        return head.requires_grad_(trainable)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from rlhf_lit.batches import Sequences, cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.heads import reward_bias, sequence_scores
-from rlhf_lit.models.loading import Base, Dtype, load_scorer, load_tokenizer, unwrapped
+from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer, unwrapped
+from rlhf_lit.models.roles import Roles
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
 
@@ -61,6 +62,9 @@ class RewardSource(nn.Module):
         super().__init__()
         self.parts = {}
 
+    def share(self, roles: Roles) -> None:
+        """Take a place on the policy's base, where the source can; called once, before ``prepare``."""
+
     def prepare(self, tokenizer: Any) -> None:
         """Load what is needed, once, before the first rollout.
 
@@ -97,18 +101,36 @@ class RewardSource(nn.Module):
 class RewardFromModel(RewardSource):
     """The score of a RewardModel run.
 
+    Where policy and reward model are both LoRA adapters they stand on one base: the reward is a frozen adapter and a
+    head, and costs no second model. Otherwise it is a model of its own beside the policy.
+
     Args:
         path: its run folder (`runs/<name>`, or one version of it), an `hf/` folder, or a hub name.
-        dtype: of the base weights.
+        own_base: load the reward model's own base even so, which may then be another one than the policy's.
+        dtype: of the weights of a base of its own.
+        quantization: 4 bits for a base of its own; null is what an adapter was trained on, or full precision.
     """
 
-    def __init__(self, path: str, dtype: Dtype = "float32") -> None:
+    def __init__(
+        self,
+        path: str,
+        own_base: bool = False,
+        dtype: Dtype = "float32",
+        quantization: Quantization | None = None,
+    ) -> None:
         super().__init__()
-        self.base = Base(name=path, dtype=dtype)
+        self.base = Base(name=path, dtype=dtype, quantization=quantization)
+        self.own_base = own_base
         self.model: nn.Module | None = None
+        # In a tuple, so that the policy's modules do not count as this one's.
+        self._shared: tuple[Roles, str] | None = None
 
     def critic_base(self) -> Base:
         return self.base
+
+    def share(self, roles: Roles) -> None:
+        if self._shared is None and not self.own_base and roles.shared and holds_adapter(self.base):
+            self._shared = roles, roles.add_reward(self.base)
 
     def prepare(self, tokenizer: Any) -> None:
         if self.model is not None:
@@ -119,7 +141,8 @@ class RewardFromModel(RewardSource):
                 f"reward.path: the reward model in {self.base.name} has another vocabulary than the policy; "
                 "train it from the same base"
             )
-        self.model = load_scorer(self.base, trained=True).requires_grad_(False)
+        if self._shared is None:
+            self.model = load_scorer(self.base, trained=True).requires_grad_(False)
 
     def forward(
         self,
@@ -129,6 +152,10 @@ class RewardFromModel(RewardSource):
         rows: list[dict[str, Any]],
         budget: int,
     ) -> Tensor:
+        if self._shared is not None:
+            roles, role = self._shared
+            with roles.acting(role) as model:
+                return _in_pieces(model, roles.heads[role], sequences, budget)
         assert self.model is not None, "prepare() comes first"
         return score_sequences(self.model, sequences, budget)
 
@@ -136,12 +163,17 @@ class RewardFromModel(RewardSource):
 def score_sequences(model: nn.Module, sequences: Sequences, budget: int) -> Tensor:
     """[rows] scores of a reward model, the constant it was centred by included."""
     inner = unwrapped(model)
+    return _in_pieces(model, inner.score, sequences, budget) + reward_bias(inner)
+
+
+@torch.no_grad()
+def _in_pieces(model: nn.Module, head: nn.Module, sequences: Sequences, budget: int) -> Tensor:
+    """[rows] the head's scores, in micro-batches of at most ``budget`` padded tokens."""
     scores = torch.zeros(len(sequences), device=sequences.tokens.device)
-    with torch.no_grad():
-        for rows in cut_by_tokens(sequences.lengths, budget):
-            rows = rows.to(scores.device)
-            scores[rows] = sequence_scores(model, inner.score, sequences.select(rows)).to(scores.dtype)
-    return scores + reward_bias(inner)
+    for rows in cut_by_tokens(sequences.lengths, budget):
+        rows = rows.to(scores.device)
+        scores[rows] = sequence_scores(model, head, sequences.select(rows)).to(scores.dtype)
+    return scores
 
 
 class RewardFromFunction(RewardSource):
@@ -219,6 +251,11 @@ class RewardSum(RewardSource):
                 raise UserError(f"reward.sources: {name!r} cannot be the name of a source; choose another")
         self.sources = cast("Mapping[str, RewardSource]", nn.ModuleDict(sources))
         self.weights = weights
+
+    def share(self, roles: Roles) -> None:
+        for name, source in self.sources.items():
+            with _complaining_as(name):
+                source.share(roles)
 
     def prepare(self, tokenizer: Any) -> None:
         for name, source in self.sources.items():
