@@ -119,7 +119,7 @@ class NumberReward(RewardSource):
         number = None
         if isinstance(value, str):
             number = final_number(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, int | float | Decimal) and not isinstance(value, bool):
             number = Decimal(str(value))  # as it was written, not as binary digits hold it
         if number is None or not number.is_finite():
             raise UserError(f"reward.column: {self.column!r} of row {i} holds no number: {shown(value)}")
