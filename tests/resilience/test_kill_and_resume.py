@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import signal
-import subprocess
-import time
-from collections.abc import Callable
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from processes import Run
+from run_folders import assert_equal, final, loader_state, metrics, samples, save_small_model, timeless
 
 HERE = Path(__file__).parent
+SEED = 20_260_801  # of the steps at which runs are killed
+
+STEPS, EPOCH, ROLLOUT = 24, 12, 4  # PPO's and GRPO's: of the run, of one pass over the prompts, of one whole rollout
+WARMUP = 3
+MAX_UPDATE_KL = 0.02
 
 
 def letters(prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-    """A reward function: many an e, and not too long."""
-    return [response.count("e") - 0.1 * len(response) for response in responses]
+    """A reward function: many an e, not too long, and a little of every global generator's noise."""
+    noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
+    return [response.count("e") - 0.1 * len(response) + 0.1 * noise for response in responses]
 
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in world's tokenizer with a Llama of some 20 000 weights, saved so that adapters can go on it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from rlhf_lit.models.loading import PLAYGROUND
-
     folder = tmp_path_factory.mktemp("model")
-    config = AutoConfig.from_pretrained(PLAYGROUND)
-    config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2})
-    config.update({"num_key_value_heads": 2, "head_dim": 16})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(PLAYGROUND).save_pretrained(folder)
+    save_small_model(folder)
     return folder
 
 
-def write(folder: Path, algorithm: str, model: Path) -> None:
-    """A config in the working folder: 24 steps of SFT in two epochs, or 24 of PPO in six rollouts of four steps."""
-    base = {"name": str(model)}
-    world = {"demonstrations": 96, "prompts": 48, "held_out": 8}
-    if algorithm == "sft":
+def on_policy(algorithm: str, base: dict[str, Any], critic: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything of PPO and GRPO that has a state: β, moments of the scores, a rollout cut short, two schedules."""
+    model: dict[str, Any] = {
+        "base": base,
+        "reward": {"class_path": "RewardFromFunction", "init_args": {"function": "test_kill_and_resume.letters"}},
+        "kl": {"class_path": "AdaptiveKL", "init_args": {"beta": 0.2, "target": 1.0, "horizon": 50}},
+        "shaping": {"normalise": "standardise", "clip": 1.5},
+        "sampling": {"max_new_tokens": 6},
+        "max_update_kl": MAX_UPDATE_KL,
+        "learning_rate": 3e-3,
+        "schedule": {"name": "cosine", "warmup": 2},
+    }
+    if critic:
+        model["critic"] = {**critic, "learning_rate": 1e-2, "warmup": WARMUP}
+    return {
+        "model": {"class_path": algorithm, "init_args": model},
+        "data": {
+            "class_path": "RolloutDataModule",
+            "init_args": {
+                "train": {"path": "playground"}, "validation": {"path": "playground", "split": "held_out"},
+                "world": {"demonstrations": 96, "prompts": 12, "held_out": 5},
+                "rollout_size": 4, "samples_per_prompt": 2, "batch_size": 4, "ppo_epochs": 2, "cache": None,
+            },
+        },
+        "trainer": {"max_epochs": 2},
+    }  # fmt: skip
+
+
+def write(folder: Path, name: str, model: Path) -> None:
+    """A config in the working folder: 24 steps of SFT in two epochs, or 24 of PPO or GRPO in two passes."""
+    base: dict[str, Any] = {"name": str(model)}
+    adapters = {**base, "lora": {"rank": 4}}
+    if name == "sft":
         # Dropout, so that the random state matters too.
-        config = {
+        config: dict[str, Any] = {
             "model": {
                 "class_path": "SFT",
                 "init_args": {
@@ -58,7 +83,8 @@ def write(folder: Path, algorithm: str, model: Path) -> None:
             "data": {
                 "class_path": "SFTDataModule",
                 "init_args": {
-                    "train": {"path": "playground"}, "validation_fraction": 0.1, "world": world,
+                    "train": {"path": "playground"}, "validation_fraction": 0.1,
+                    "world": {"demonstrations": 96, "prompts": 48, "held_out": 8},
                     "batch_size": 7, "micro_batch_tokens": 100, "cache": None,
                 },
             },
@@ -66,118 +92,155 @@ def write(folder: Path, algorithm: str, model: Path) -> None:
         }  # fmt: skip
     else:
         config = {
-            "model": {
-                "class_path": "PPO",
-                "init_args": {
-                    "base": base,
-                    "reward": {
-                        "class_path": "RewardFromFunction",
-                        "init_args": {"function": "test_kill_and_resume.letters"},
-                    },
-                    "critic": {"init": "policy"},
-                    "kl": {"class_path": "AdaptiveKL", "init_args": {"beta": 0.2, "target": 1.0, "horizon": 50}},
-                    "sampling": {"max_new_tokens": 6},
-                    "learning_rate": 3e-3,
-                },
-            },
-            "data": {
-                "class_path": "RolloutDataModule",
-                "init_args": {
-                    "train": {"path": "playground"},
-                    "validation": {"path": "playground", "split": "held_out"}, "world": world,
-                    "rollout_size": 16, "batch_size": 8, "ppo_epochs": 2, "cache": None,
-                },
-            },
-            "trainer": {"max_epochs": 2},
-        }  # fmt: skip
-    config["trainer"]["accelerator"] = "cpu"
-    config["checkpoint"] = {"every_n_train_steps": 5}
-    (folder / f"{algorithm}.yaml").write_text(yaml.safe_dump(config))
+            "ppo": lambda: on_policy("PPO", base, {"init": "policy"}),
+            "ppo_lora": lambda: on_policy("PPO", adapters, {"init": "policy"}),
+            "ppo_trunk": lambda: on_policy("PPO", base, {"init": "policy", "trunk": True}),
+            "grpo": lambda: on_policy("GRPO", adapters, None),
+        }[name]()
+    config["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
 
 
-def kill(
-    start: Callable[..., subprocess.Popen[str]], place: Path, algorithm: str, name: str, after: int
-) -> list[dict[str, str]]:
-    """Start a run, kill it with SIGKILL when step ``after`` is done, and return the metrics it leaves."""
-    note = place / f"{name}_stalled"
-    process = start(
-        "fit", "--config", f"{algorithm}.yaml", f"--name={name}",
-        "--trainer.callbacks=stalling.StallAfter",
-        f"--trainer.callbacks.step={after}", f"--trainer.callbacks.note={note}",
-        path=(HERE,),
-    )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while not note.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run never reached the step it was to be killed at"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    return metrics(place / "runs" / name / "version_0")
+@dataclass(frozen=True)
+class Kill:
+    """A run that saves every ``saved`` steps and dies when step ``at`` is done, before it saves again."""
+
+    saved: int
+    at: int
+
+    @classmethod
+    def after(cls, saved: int, steps: int, generator: random.Random) -> Kill:
+        """At any step that leaves step ``saved`` as the last one that was saved."""
+        return cls(saved, generator.randint(saved + 1, min(2 * saved, steps)))
 
 
-def metrics(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def killed_and_resumed(folder: Path, config: str, kill: Kill) -> Path:
+    """The run's folder."""
+    name = f"{config}_{kill.saved}_{kill.at}"
+    run, note = folder / "runs" / name / "version_0", folder / f"{name}_stalled"
+    fit = ("fit", "--config", f"{config}.yaml", f"--name={name}", f"--checkpoint.every_n_train_steps={kill.saved}")
+    stall = ("--trainer.callbacks=stalling.StallAfter", f"--trainer.callbacks.step={kill.at}",
+             f"--trainer.callbacks.note={note}")  # fmt: skip
+    Run(*fit, *stall, folder=folder, path=[HERE]).kill_at(note)
+    assert [int(row["step"]) for row in metrics(run) if row["train/loss"]] == list(range(kill.at - 1))
+    assert final(run)["global_step"] == kill.saved
+    assert not (run / "hf").exists()
+    Run(*fit, "--ckpt_path=last", folder=folder, path=[HERE]).wait()
+    assert [version.name for version in run.parent.iterdir()] == ["version_0"], "it goes on in its folder"
+    return run
 
 
-def timeless(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Without the columns that measure this machine."""
-    return [{k: v for k, v in row.items() if "per_s" not in k and not k.startswith("time/")} for row in rows]
+def whole_run(folder: Path, config: str) -> Path:
+    """The folder of the uninterrupted run."""
+    Run("fit", "--config", f"{config}.yaml", "--name=whole", folder=folder, path=[HERE]).wait()
+    return folder / "runs" / "whole" / "version_0"
 
 
-def final(run: Path) -> dict:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_equal(a: object, b: object, where: str = "checkpoint") -> None:
-    """Equal to the bit, all the way down."""
-    if isinstance(a, torch.Tensor):
-        assert isinstance(b, torch.Tensor), where
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert isinstance(b, dict), where
-        assert a.keys() == b.keys(), where
-        for key, value in a.items():
-            assert_equal(value, b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert isinstance(b, list), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-# SFT saves at steps 5, 10, …, in epochs of 13; PPO likewise, in rollouts of 4 steps: step 5 and 15 leave a rollout
-# half used. The run dies two steps after the checkpoint.
-@pytest.mark.parametrize(("algorithm", "after"), [("sft", 7), ("ppo", 7)])
-def test_killed_and_resumed_equals_uninterrupted(command, start, tmp_path, small_model, algorithm, after):
-    write(tmp_path, algorithm, small_model)
-    left = kill(start, tmp_path, algorithm, "killed", after)
-    killed, whole = (tmp_path / "runs" / name / "version_0" for name in ("killed", "whole"))
-    assert [int(row["step"]) for row in left if row["train/loss"]] == list(range(after - 1))
-    assert final(killed)["global_step"] == 5
-    assert not (killed / "hf").exists()
-    if algorithm == "ppo":
-        (state,) = list(final(killed)["loops"]["fit_loop"]["state_dict"]["combined_loader"])
-        assert state["buffer"] is not None, "the checkpoint stands in the middle of a rollout"
-
-    answer = command("fit", "--config", f"{algorithm}.yaml", "--name=killed", "--ckpt_path=last")
-    assert answer.status == 0, answer.err
-    answer = command("fit", "--config", f"{algorithm}.yaml", "--name=whole")
-    assert answer.status == 0, answer.err
-
-    assert [folder.name for folder in (tmp_path / "runs/killed").iterdir()] == ["version_0"], "it goes on in its folder"
-    resumed, uninterrupted = final(killed), final(whole)
-    assert resumed["global_step"] == uninterrupted["global_step"] > 20
+def assert_same_run(run: Path, whole: Path) -> None:
+    """To the bit: weights, optimizer, schedule, every state of the algorithm, what was logged and what was sampled."""
+    ended, uninterrupted = final(run), final(whole)
+    assert ended["global_step"] == uninterrupted["global_step"] > 20
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        assert_equal(resumed[part], uninterrupted[part], part)
-    if algorithm == "ppo":
-        assert resumed["kl_multiplier"] == uninterrupted["kl_multiplier"] != 1.0
-    assert timeless(metrics(killed)) == timeless(metrics(whole))
-    assert [json.loads(line) for line in (killed / "samples.jsonl").read_text().splitlines()] == [
-        json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()
-    ]
+        assert_equal(ended[part], uninterrupted[part], part)
+    if "kl_multiplier" in uninterrupted:
+        for part in ("kl_multiplier", "score_moments", "rollout_spent"):
+            assert_equal(ended[part], uninterrupted[part], part)
+        assert_equal(loader_state(ended), loader_state(uninterrupted), "loader")
+    assert [timeless(row) for row in metrics(run)] == [timeless(row) for row in metrics(whole)]
+    assert samples(run) == samples(whole)
+
+
+def assert_each_resumes(folder: Path, config: str, kills: list[Kill], whole: Path) -> None:
+    """Each on its own, two at a time."""
+    print(f"{config}, seed {SEED}: {kills}")
+    with ThreadPoolExecutor(2) as pool:
+        for run in pool.map(lambda kill: killed_and_resumed(folder, config, kill), kills):
+            assert_same_run(run, whole)
+
+
+def test_killed_and_resumed_sft_equals_uninterrupted(tmp_path, small_model):
+    """In the middle of an epoch of 13 steps; the run dies two steps after the checkpoint."""
+    write(tmp_path, "sft", small_model)
+    assert_each_resumes(tmp_path, "sft", [Kill(5, 7)], whole_run(tmp_path, "sft"))
+
+
+@dataclass(frozen=True)
+class Places:
+    """The steps of a run after which its state is of a kind.
+
+    Attributes:
+        warmup: the critic still trains alone.
+        middle: a part of the rollout has been used, and the rest will be.
+        spent: the rollout has moved the policy far enough, and its rest is passed over.
+        end: all of the rollout has been used.
+    """
+
+    warmup: list[int]
+    middle: list[int]
+    spent: list[int]
+    end: list[int]
+
+    @classmethod
+    def of(cls, whole: Path) -> Places:
+        """Told from the uninterrupted run's log; only steps before its last, which can be resumed from."""
+        rows = [row for row in metrics(whole) if row["train/loss"]]
+        places, used = cls([], [], [], []), 0
+        for step, row in enumerate(rows[:-1], start=1):
+            used += 1
+            if float(row["policy/update_kl"] or 0) > MAX_UPDATE_KL and used < ROLLOUT:
+                places.spent.append(step)
+                used = 0
+            elif used == ROLLOUT:
+                places.end.append(step)
+                used = 0
+            elif step > WARMUP:
+                places.middle.append(step)
+            else:
+                places.warmup.append(step)
+        assert len(rows) == STEPS
+        return places
+
+
+def assert_saw_everything(whole: Path, places: Places) -> None:
+    """The uninterrupted run holds what its resumption is to be tested on."""
+    assert min(map(len, (places.middle, places.spent, places.end))) >= 2, places
+    beta = [float(row["objective/kl_coef"]) for row in metrics(whole) if row["train/loss"]]
+    assert len(set(beta)) == len(places.spent) + len(places.end) + 1, "β moves with every rollout"
+    assert all(row["val/scores"] for row in metrics(whole) if not row["train/loss"])
+    state = final(whole)
+    assert state["kl_multiplier"] != 1.0
+    assert state["score_moments"]["count"] == 8 * len(set(beta))
+    assert loader_state(state)["rollout"] > STEPS // ROLLOUT, "rollouts were cut short"
+
+
+# Which kinds of state the three kills meet.
+@pytest.mark.parametrize(
+    ("config", "kinds"), [("ppo", ("warmup", "middle", "end")), ("ppo_lora", ("middle", "spent", "spent"))]
+)
+def test_killed_and_resumed_ppo_equals_uninterrupted(tmp_path, small_model, config, kinds):
+    write(tmp_path, config, small_model)
+    whole = whole_run(tmp_path, config)
+    places = Places.of(whole)
+    assert_saw_everything(whole, places)
+    generator = random.Random(SEED)
+    kills = [Kill.after(generator.choice(getattr(places, kind)), STEPS, generator) for kind in kinds]
+    assert_each_resumes(tmp_path, config, kills, whole)
+
+
+def test_killed_and_resumed_grpo_equals_uninterrupted(tmp_path, small_model):
+    """At the end of a pass over the prompts, with the validation that is due there still to come."""
+    write(tmp_path, "grpo", small_model)
+    kill = Kill.after(EPOCH, STEPS, random.Random(SEED))
+    assert_each_resumes(tmp_path, "grpo", [kill], whole_run(tmp_path, "grpo"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("config", ["ppo", "ppo_lora", "ppo_trunk", "grpo"])
+def test_killed_at_twenty_random_steps(tmp_path, small_model, config):
+    write(tmp_path, config, small_model)
+    whole, generator = whole_run(tmp_path, config), random.Random(SEED)
+    saved = [generator.randrange(1, STEPS) for _ in range(20)]
+    assert_each_resumes(tmp_path, config, [Kill.after(step, STEPS, generator) for step in saved], whole)
 
 
 def column(run: Path, name: str) -> dict[int, float]:

@@ -10,7 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class StallAfter(Callback):
-    """Leaves a note and waits to be killed once a step is done."""
+    """Each rank leaves a note, ``note`` with its number added, and waits to be killed once a step is done.
+
+    Lightning calls it before the callback that saves: a checkpoint due after this very step is not written.
+    """
 
     def __init__(self, step: int, note: str) -> None:
         self.step = step
@@ -20,5 +23,5 @@ class StallAfter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self.step:
-            Path(self.note).touch()
+            Path(f"{self.note}.{trainer.global_rank}").touch()
             time.sleep(600)

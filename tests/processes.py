@@ -1,0 +1,92 @@
+"""The command line in processes that start at once: forked from a server that has imported everything.
+
+A kill test starts a dozen of them, and Python needs longer to import torch than a tiny run to train.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from uuid import uuid4
+
+TESTS = Path(__file__).parent
+PATIENCE = 300.0  # seconds that a process may take to reach what it is waited for
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    ["rlhf_lit.cli", "rlhf_lit.algorithms", "peft", "datasets", "transformers.models.llama.modeling_llama",
+     "transformers.generation.utils"]
+)  # fmt: skip
+
+
+class Run:
+    """One command, by one process or by several that are its ranks.
+
+    Args:
+        argv: of the command.
+        folder: where it works.
+        path: folders to import from, beside this one.
+        ranks: processes; from two on each is told its rank by the environment, as torchrun does it.
+    """
+
+    def __init__(self, *argv: object, folder: Path, path: Sequence[Path] = (), ranks: int = 1) -> None:
+        words, name = [str(word) for word in argv], uuid4().hex
+        places = [str(place) for place in (TESTS, *path)]
+        port = str(_free_port())
+        self._said = [folder / f"said_{name}.{rank}.txt" for rank in range(ranks)]
+        self._processes: list[ForkServerProcess] = []
+        for rank, said in enumerate(self._said):
+            roles = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+            environment = roles if ranks > 1 else {}
+            process = _server.Process(target=_work, args=(words, folder, places, environment, said), daemon=True)
+            process.start()
+            self._processes.append(process)
+
+    def wait(self) -> None:
+        """Until it has ended, with status 0."""
+        for process in self._processes:
+            process.join(PATIENCE)
+        assert [process.exitcode for process in self._processes] == [0] * len(self._processes), self.said()
+
+    def kill_at(self, note: Path) -> None:
+        """SIGKILL, as soon as each rank has left its note (see ``stalling``)."""
+        deadline = time.monotonic() + PATIENCE
+        while not all(Path(f"{note}.{rank}").exists() for rank in range(len(self._processes))):
+            assert all(process.exitcode is None for process in self._processes), self.said()
+            assert time.monotonic() < deadline, f"the step it was to be killed at never came\n{self.said()}"
+            time.sleep(0.02)
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        assert [process.exitcode for process in self._processes] == [-signal.SIGKILL] * len(self._processes)
+
+    def said(self) -> str:
+        """What it wrote to the terminal."""
+        return "\n".join(said.read_text(errors="replace") for said in self._said if said.exists())
+
+
+def _work(argv: list[str], folder: Path, places: list[str], environment: dict[str, str], said: Path) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path[:0] = places
+    sys.argv = ["rlhf_lit", *argv]
+    with said.open("wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from rlhf_lit.__main__ import main
+
+    sys.exit(main(argv))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
