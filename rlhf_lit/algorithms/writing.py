@@ -14,6 +14,7 @@ from rlhf_lit.models.loading import Base, context_length, stop_ids
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Samples, Sampling, sample
+from rlhf_lit.rollout.rewards import shown
 
 # The stream of sampling noise for validation, predictions and samples: apart from every rollout's.
 EVALUATION = 2**31
@@ -44,12 +45,13 @@ class WritingAlgorithm(Algorithm):
         Raises:
             UserError: a prompt and its response may be longer than the model's context.
         """
-        longest = int(prompts.prompts.lengths.max()) + self.sampling.max_new_tokens
+        row = int(prompts.prompts.lengths.argmax())
+        longest = int(prompts.prompts.lengths[row]) + self.sampling.max_new_tokens
         context = context_length(self.roles.policy)
         if context is not None and longest > context:
             raise UserError(
-                f"model.sampling.max_new_tokens: with the longest prompt a response may reach {longest} tokens, and "
-                f"the model's context is {context}; lower it, or data.max_length"
+                f"model.sampling.max_new_tokens: after the prompt {shown(prompts.texts[row])} a response may reach "
+                f"{longest} tokens, and the model's context is {context}; lower it, or data.max_length"
             )
         keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
         with self.roles.acting("policy") as model:

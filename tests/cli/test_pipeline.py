@@ -315,7 +315,7 @@ def test_the_critic_took_over_the_reward_models_adapter(adapters: tuple[str, Pat
 # --- every shipped config --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlay", [None, "debug", "lora", "qlora", "wandb"])
+@pytest.mark.parametrize("overlay", [None, "debug", "lora", "qlora", "12gb", "wandb"])
 def test_every_shipped_config_prints_with_every_overlay(
     here: Path, overlay: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
