@@ -136,9 +136,10 @@ def _surplus_bos(tokens: list[int], mask: list[bool], bos: int, stops: tuple[int
 def supervised_tokens(sides: Sequence[Sequences], rows: Sequence[int]) -> Check:
     """Something to learn in every row."""
     counts = [(sum(mask), row) for row, _, mask in _rows_of(sides, rows)]
-    fewest, row = min(counts)
+    (fewest, row), (most, _) = min(counts), max(counts)
     total = sum(len(tokens) for _, tokens, _ in _rows_of(sides, rows))
-    found = f"{fewest} to {max(counts)[0]} per row, {sum(n for n, _ in counts)} of {total} tokens"
+    per_row = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    found = f"{per_row} per row, {sum(count for count, _ in counts)} of {total} tokens"
     return judge(
         "supervised tokens",
         fewest > 0,
@@ -354,9 +355,12 @@ def reference_stays(roles: Roles, before: Comparison, compare: Callable[[], Comp
         _largest(row_sums((getattr(after, side) - getattr(before, side)).abs(), mask) / mask.sum(-1))
         for side in ("policy", "reference")
     )
+    limit = tolerance_of(roles).same
+    if policy <= limit:
+        return Check("reference", "skipped", f"{kind}; no weight was found that moves the policy")
     return judge(
         "reference",
-        reference <= tolerance_of(roles).same < policy,
+        reference <= limit,
         f"{kind}; when the policy moves by {policy:.1g} nats per token, it moves by {reference:.1g}",
         "the reference shares weights or an adapter with the policy, so nothing would hold the policy back",
     )
@@ -479,8 +483,8 @@ def checks(module: Algorithm, data: TextDataModule | None, rank: int = 0, world:
 
 
 def _places(size: int, count: int, rank: int, world: int) -> list[int]:
-    """Which rows a rank looks at: different ones on each, as far as they reach."""
-    return [(rank + i * world) % size for i in range(min(count, size))]
+    """Which rows a rank looks at: different ones on each, as far as they reach, and one at least."""
+    return list(range(rank, size, world))[:count] or [rank % size]
 
 
 def token_checks(module: Algorithm, batch: Record, rows: Sequence[int]) -> Iterator[Check]:
@@ -626,7 +630,8 @@ class Preflight(Callback):
         """Once per ``fit``, after a checkpoint was restored."""
         assert isinstance(pl_module, Algorithm)
         started = time.perf_counter()
-        data: TextDataModule | None = getattr(trainer, "datamodule", None)
+        own: Any = getattr(trainer, "datamodule", None)
+        data = own if isinstance(own, TextDataModule) else None
         found: list[Check] = []
         error = None
         with isolate_rng(), trainer.precision_plugin.forward_context(), torch.no_grad():

@@ -393,9 +393,12 @@ def sees_width(model: nn.Module) -> None:
     model.get_input_embeddings().register_forward_hook(hook)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("budget", [8192, 1])
 @pytest.mark.parametrize("run", [sft, reward_model, dpo, ppo])
-def test_a_model_that_sees_its_padding(run: Run, place: Place) -> None:
+def test_a_model_that_sees_its_padding(run: Run, budget: int, place: Place) -> None:
+    """Also where no two rows fit into a micro-batch, so that a batch has no padding of its own."""
     module, data = ready(*run(place))
+    data.micro_batch_tokens = budget
     sees_width(module.scorer if isinstance(module, RewardModel) else module.roles.policy)  # type: ignore[union-attr,arg-type]
     every = found(module, data)
     assert "padding" in caught(every)
@@ -587,8 +590,9 @@ class Loaded(Exception):
     """The training loader was asked for its first batch."""
 
 
-def fit(module: Algorithm, data: TextDataModule | None, folder: Path, loader: Any = None) -> None:
+def fit(module: Algorithm, data: TextDataModule | None, folder: Path, loader: Any = None, **settings: Any) -> None:
     trainer = Trainer(
+        **settings,
         accelerator="cpu",
         max_steps=1,
         logger=False,
@@ -637,8 +641,25 @@ def test_a_prompt_beyond_the_context_has_its_own_line(place: Place, tmp_path: Pa
     module, data = ppo(place)
     module.configure_model()
     module.roles.policy.config.max_position_embeddings = 20  # type: ignore[union-attr]
-    with pytest.raises(UserError, match=r"^model\.sampling\.max_new_tokens: with the longest prompt"):
+    with pytest.raises(UserError, match=r"^model\.sampling\.max_new_tokens: after the prompt"):
         fit(module, data, tmp_path)
+
+
+@pytest.mark.parametrize("run", [sft, reward_model, dpo, ppo_from_reward])
+def test_under_autocast_the_tolerance_is_that_of_bfloat16(
+    run: Run, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(*run(place), tmp_path, precision="bf16-mixed")
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(("ok  ", "preflight: ")) for line in lines), lines
+    assert sum(line.startswith("ok  padding ") and line.endswith(" apart, 0.05 allowed") for line in lines) == 1
+
+
+def test_a_policy_that_nothing_moves_is_no_verdict(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, data = ready(*dpo(place))
+    monkeypatch.setattr("rlhf_lit.preflight._lever", lambda roles: nn.Parameter(torch.zeros(3)))
+    every = found(module, data)
+    assert (caught(every), caught(every, "skipped")) == (set(), {"reference"})
 
 
 def test_without_a_data_module_only_the_parameters_are_checked(
