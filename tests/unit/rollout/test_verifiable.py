@@ -69,7 +69,7 @@ MARKED = [
     (r"\boxed{1{,}080}", "1080"),
     (r"\boxed{1,\!080}", "1080"),
     (r"\boxed{1\,080}", "1080"),
-    (r"\boxed{\$18}", "18"),
+    (r"\boxed{-\$18}", "-18"),
     (r"\boxed{50\%}", "50"),
     (r"\boxed{x = -5}", "-5"),
     (r"\boxed{5\text{ cm}^2}, 9", "5"),
@@ -189,10 +189,10 @@ def test_a_row_without_a_number(row: dict[str, Any], message: str) -> None:
 
 
 def test_a_pattern_is_found_anywhere_or_describes_the_whole() -> None:
-    responses = ["yes", "oh yes!", "no", "Yes"]
-    assert score(PatternReward("yes"), responses) == [1.0, 1.0, 0.0, 0.0]
-    assert score(PatternReward("yes", whole=True), responses) == [1.0, 0.0, 0.0, 0.0]
-    assert score(PatternReward("(?i)yes", matched=0.5, unmatched=-2.0), responses) == [0.5, 0.5, -2.0, 0.5]
+    responses = ["yes", "oh yes", "yes!", "no", "Yes"]
+    assert score(PatternReward("yes"), responses) == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert score(PatternReward("yes", whole=True), responses) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert score(PatternReward("(?i)yes", matched=0.5, unmatched=-2.0), responses) == [0.5, 0.5, 0.5, -2.0, 0.5]
 
 
 def test_a_pattern_over_several_lines() -> None:
