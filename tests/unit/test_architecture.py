@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         TEXT | {"lightning", "torchmetrics"},
     ),
 }
-ALGORITHMS = {"sft", "reward_model", "ppo", "dpo"}
+ALGORITHMS = {"sft", "reward_model", "ppo", "rloo", "grpo", "dpo"}
 
 
 def imports(file: Path) -> Iterator[str]:
