@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Record, Sequences
+from rlhf_lit.errors import UserError
 from rlhf_lit.randomness import permutation
 
 Example = TypeVar("Example")
@@ -92,6 +93,9 @@ class RolloutLoader:
         minibatch_size: responses per optimizer step, over all ranks; divides rollout_size × samples_per_prompt.
         ppo_epochs: passes over a rollout.
         rank, world: which share is this rank's.
+
+    Raises:
+        UserError: fewer prompts in a rollout than ranks.
     """
 
     def __init__(
@@ -107,6 +111,10 @@ class RolloutLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        if rollout_size < world:
+            raise UserError(
+                f"data.rollout_size: {rollout_size} prompts are too few for {world} ranks, which need one each"
+            )
         self.prompts = prompts
         self.collate = collate
         self.collect = collect

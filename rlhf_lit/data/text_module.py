@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -220,10 +220,26 @@ class TextDataModule(LightningDataModule):
     # Loaders
 
     def _loader(self, name: str, shuffle: bool) -> BatchLoader | list[Any]:
-        examples = self.examples.get(name)
+        return self._batches(name, self.examples.get(name) or [], self.collate, shuffle)
+
+    def _batches(
+        self, name: str, examples: Sequence[Any], collate: Callable[[list[Any]], Record], shuffle: bool
+    ) -> BatchLoader | list[Any]:
+        """This rank's share of a split's batches; none where there is nothing.
+
+        Raises:
+            UserError: fewer rows to evaluate on than ranks.
+        """
         if not examples:
             return []
-        return BatchLoader(examples, self.batch_size, self.collate, shuffle, *self._rank())
+        rank, world = self._rank()
+        size = self.batch_size
+        if name in ("validation", "test"):
+            # Ranks add their numbers up together, so that each must have some: a row of the first batch at least.
+            if len(examples) < world:
+                raise UserError(f"data.{name}: {len(examples)} rows are too few for {world} ranks, which need one each")
+            size = max(size, world)
+        return BatchLoader(examples, size, collate, shuffle, rank, world)
 
     def _rank(self) -> tuple[int, int]:
         assert self.trainer is not None
@@ -278,9 +294,7 @@ class TextDataModule(LightningDataModule):
     def prompt_loader(self, name: str) -> BatchLoader | list[Any]:
         """Prompts of a split, to be answered."""
         items = [(row, i, 0) for i, row in enumerate(self.examples.get(name) or []) if row["prompt"]]
-        if not items:
-            return []
-        return BatchLoader(items, self.batch_size, self.prompt_batch, False, *self._rank())
+        return self._batches(name, items, self.prompt_batch, shuffle=False)
 
 
 @rank_zero_only
