@@ -164,6 +164,7 @@ def test_a_sound_run_passes(run: Run, lora: LoRA | None, place: Place) -> None:
     every = found(*ready(*run(place, lora)))
     assert list(every) == EXPECTED.get(run, ROLLOUT)
     assert {check.verdict for check in every.values()} == {"ok"}, every
+    assert every["padding"].found.endswith(" apart, 0.0001 allowed")
 
 
 @pytest.mark.parametrize("lora", [None, ADAPTER], ids=["full", "lora"])
@@ -221,6 +222,16 @@ def test_it_leaves_everything_as_it_was(place: Place) -> None:
     assert modes == {name: part.training for name, part in module.named_modules()}
     assert module.sampling is sampling  # type: ignore[union-attr]
     assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("run", [sft, reward_model])
+def test_dropout_is_back_on_afterwards(run: Run, place: Place) -> None:
+    """Off for the checks, which would differ by it, and on again for the training."""
+    module, data = ready(*run(place, LoRA(rank=4, dropout=0.5)))
+    modes = {name: part.training for name, part in module.named_modules()}
+    assert any(modes.values())
+    assert caught(found(module, data)) == set()
+    assert modes == {name: part.training for name, part in module.named_modules()}
 
 
 def test_answers_are_short(place: Place) -> None:
@@ -637,12 +648,15 @@ def test_a_failed_check_stops_the_run_before_its_first_batch(
     assert ", 1 failed in " in said[-1]
 
 
-def test_a_prompt_beyond_the_context_has_its_own_line(place: Place, tmp_path: Path) -> None:
+def test_a_prompt_beyond_the_context_has_its_own_line(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     module, data = ppo(place)
     module.configure_model()
     module.roles.policy.config.max_position_embeddings = 20  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"^model\.sampling\.max_new_tokens: after the prompt"):
         fit(module, data, tmp_path)
+    assert "checks passed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("run", [sft, reward_model, dpo, ppo_from_reward])
