@@ -42,7 +42,7 @@ from rlhf_lit.rollout.engine import Samples
 TOKEN_ROWS = 64  # rows whose tokens are read
 MODEL_ROWS = 4  # rows (or pairs) that go through the models
 PROMPTS = 8  # prompts that are answered and scored
-ANSWER_TOKENS = 64  # longest answer to one of them
+ANSWER_TOKENS = 32  # longest answer to one of them
 EXTRA_COLUMNS = 8  # padding added to see whether it changes anything
 
 Verdict = Literal["ok", "skipped", "warning", "failed"]
@@ -197,14 +197,15 @@ def _is_adapter(name: str) -> bool:
 
 def _should_train(name: str, lora: bool) -> bool | None:
     """Whether a parameter is to train; None for a part that a user's own algorithm brought."""
-    if name.startswith(("reward.", "roles.models.reference.")):
+    if name.startswith(("reward.", "roles.models.reference.", "roles.heads.reward")):
         return False
     if name.startswith(("roles.heads.", "roles.models.value.")):
         return True
     if name.startswith(("roles.models.policy.", "scorer.")):
         parts = name.split(".")
         added = _is_adapter(name) or "modules_to_save" in parts
-        return not lora or (added and "reference" not in parts)
+        frozen = any(part.startswith(("reference", "reward")) for part in parts)
+        return not lora or (added and not frozen)
     return None
 
 
