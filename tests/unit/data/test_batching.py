@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, SupervisedBatch
 from rlhf_lit.data.batching import BatchLoader, RolloutLoader
+from rlhf_lit.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +126,7 @@ class Policy:
     def __call__(self, prompts: PromptBatch, rollout: int) -> ExperienceBatch:
         numbers = prompts.prompts.tokens[:, 0].tolist()
         self.asked.append((rollout, prompts.index.tolist(), numbers))
+        self.spent = False
         rows = [[number, *[7] * (1 + number % 3)] for number in numbers]
         sequences = Sequences.pad(rows, [[False, *[True] * (len(row) - 1)] for row in rows])
         # Values that tell the rollout, the stream index and the sample apart.
@@ -246,3 +250,160 @@ def test_ranks_share_prompts_and_minibatches(world: int) -> None:
         assert Counter(mark for share in shares for mark in share[step]) == Counter(batch)
     for rollout, index, _ in alone.asked:
         assert sorted(i for policy in policies for i in policy.asked[rollout][1]) == sorted(index)
+
+
+# --- a rollout cut short ---------------------------------------------------------------------------------------------
+
+
+def test_the_rest_of_a_spent_rollout_is_passed_over() -> None:
+    policy = Policy()
+    stream = iter(rollouts(policy))
+    taken = [mark_of(next(stream)) for _ in range(3)]
+    policy.spent = True
+    taken += [mark_of(next(stream)) for _ in range(12)]
+    assert [rollout for rollout, _, _ in policy.asked] == [0, 1]
+    assert [int(marks[0] // 100) for marks in taken] == [0] * 3 + [1] * 12
+    whole = [mark_of(batch) for batch in rollouts(Policy())]
+    assert taken[3:] == whole[12:24], "the next rollout is what it would have been"
+
+
+def test_spent_by_its_last_step_is_spent_once() -> None:
+    policy = Policy()
+    stream = iter(rollouts(policy))
+    for _ in range(12):
+        next(stream)
+    policy.spent = True
+    next(stream)
+    assert [rollout for rollout, _, _ in policy.asked] == [0, 1]
+
+
+def test_a_pass_keeps_its_number_of_steps() -> None:
+    """Steps are what a run is counted in; rollouts that are cut short only make it sample more."""
+    policy = Policy()
+    steps = 0
+    for _ in rollouts(policy):
+        steps += 1
+        policy.spent = steps % 5 == 0
+    assert steps == 36
+    assert len(policy.asked) == 8, "of 5 steps each, the last of 1"
+
+
+def test_a_rollout_that_was_spent_stays_so_after_loading() -> None:
+    policy = Policy()
+    broken = rollouts(policy)
+    stream = iter(broken)
+    for _ in range(3):
+        next(stream)
+    again = Policy()
+    resumed = rollouts(again)
+    resumed.load_state_dict(broken.state_dict())
+    policy.spent = again.spent = True  # the module's own state, which its checkpoint holds
+    assert mark_of(next(iter(resumed))) == mark_of(next(stream))
+    assert again.asked == policy.asked[1:]
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """Loaders that stand for the ranks of a run, in threads where they talk to each other."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, world: int, samples: int = 2) -> None:
+        self.world = world
+        self.policies = [Policy() for _ in range(world)]
+        self.loaders = [rollouts(policy, rank, world, samples=samples) for rank, policy in enumerate(self.policies)]
+        self.streams = [iter(loader) for loader in self.loaders]
+        self._patch = patch
+
+    def step(self) -> list[list[float]]:
+        """What each rank is handed."""
+        return [mark_of(next(stream)) for stream in self.streams]
+
+    def states(self) -> list[dict[str, Any]]:
+        """What each rank would save."""
+        slots: list[Any] = [None] * self.world
+        barrier = threading.Barrier(self.world, timeout=60)
+        here = threading.local()
+
+        def all_gather_object(parts: list[Any], own: Any) -> None:
+            slots[here.rank] = own
+            barrier.wait()
+            parts[:] = slots
+
+        def state(rank: int) -> dict[str, Any]:
+            here.rank = rank
+            return self.loaders[rank].state_dict()
+
+        self._patch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+        with ThreadPoolExecutor(self.world) as pool:
+            return list(pool.map(state, range(self.world)))
+
+    def load(self, state: dict[str, Any]) -> None:
+        for loader in self.loaders:
+            loader.load_state_dict(state)
+
+
+def flat(state: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """A saved buffer's rows, each up to its length."""
+    buffer = state["buffer"]
+    columns = [buffer["sequences"][name] for name in ("tokens", "mask")]
+    columns += [buffer[name] for name in ("sampled_logprobs", "old_logprobs", "values", "advantages", "returns")]
+    lengths = buffer["sequences"]["lengths"].tolist()
+    return [tuple(tuple(column[row, :length].tolist()) for column in columns) for row, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_saved_buffer_is_that_of_one_process(seed: pytest.MonkeyPatch, world: int, samples: int) -> None:
+    """Four prompts: two for each of two ranks, two, one and one for three."""
+    alone, ranks = Ranks(seed, 1, samples), Ranks(seed, world, samples)
+    for _ in range(2):
+        alone.step()
+        ranks.step()
+    (expected,) = alone.states()
+    found = ranks.states()
+    assert len(flat(expected)) == 4 * samples
+    for state in found:
+        assert (state["rollout"], state["step"]) == (0, 2)
+        assert flat(state) == flat(expected)
+        assert state["buffer"]["kl_coefficient"] == 0.2
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize("step", [5, 12, 13])
+def test_resumed_by_another_number_of_ranks(seed: pytest.MonkeyPatch, before: int, after: int, step: int) -> None:
+    whole = [mark_of(batch) for batch in rollouts(Policy())]
+    broken, resumed = Ranks(seed, before), Ranks(seed, after)
+    for _ in range(step):
+        broken.step()
+    file = io.BytesIO()
+    torch.save(broken.states()[0], file)
+    file.seek(0)
+    resumed.load(torch.load(file, weights_only=True))
+    for expected in whole[step:]:
+        assert Counter(mark for share in resumed.step() for mark in share) == Counter(expected)
+    first = 0 if step < 12 else 1
+    for policy in resumed.policies:
+        assert [rollout for rollout, _, _ in policy.asked] == [r for r in range(first, 3) if r * 12 >= step]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_responses_to_one_prompt_stay_on_one_rank(seed: pytest.MonkeyPatch, world: int) -> None:
+    """Also after loading: what compares them finds them together."""
+    ranks = Ranks(seed, 2, samples=3)
+    ranks.step()
+    (state, _) = ranks.states()
+    loaded = Ranks(seed, world, samples=3)
+    loaded.load(state)
+    found: list[int] = []
+    for loader in loaded.loaders:
+        assert loader.buffer is not None
+        groups = Counter(int(mark) for mark in mark_of(loader.buffer))
+        assert set(groups.values()) == {3}
+        found.extend(groups)
+    assert sorted(found) == [0, 1, 2, 3]
+
+
+def test_a_rollout_has_a_prompt_for_each_rank() -> None:
+    with pytest.raises(UserError, match=r"data\.rollout_size: 4 prompts are too few for 5 ranks"):
+        rollouts(Policy(), rank=4, world=5)

@@ -346,3 +346,23 @@ def test_a_rows_prompt_is_cut_like_the_row(file, kind) -> None:
     (row,) = module.examples["train"]
     assert len(row["prompt"]) <= 24
     assert row["prompt"][0] == tokenizer().bos_token_id
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def held_out(source: Source, rank: int, world: int) -> Any:
+    module = ready(SFTDataModule(validation=source, batch_size=1, cache=None), "validate")
+    module.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+    return module.val_dataloader()
+
+
+def test_each_rank_has_held_out_rows(file) -> None:
+    """Ranks add their numbers up together: one that had none, whatever the batch size, would be waited for forever."""
+    shares = [list(held_out(file(ROWS[:5]), rank, 3)) for rank in range(3)]
+    assert [[len(batch) for batch in share] for share in shares] == [[1, 1], [1, 1], [1, 0]]
+
+
+def test_too_few_held_out_rows_for_the_ranks(file) -> None:
+    with pytest.raises(UserError, match=r"data\.validation: 2 rows are too few for 3 ranks"):
+        held_out(file(ROWS[:2]), 0, 3)
