@@ -1,6 +1,8 @@
 """What a run leaves behind: checkpoints without the base, and folders that plain transformers and peft load."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from rlhf_lit.algorithms import DPO, SFT, RewardModel
 from rlhf_lit.algorithms.base import Algorithm
-from rlhf_lit.export import save_hf
+from rlhf_lit.errors import UserError
+from rlhf_lit.export import export, save_hf
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm, load_scorer, load_tokenizer, unwrapped
 from rlhf_lit.rollout.rewards import score_sequences
@@ -176,3 +179,308 @@ def test_a_full_checkpoint_leaves_the_reference_out(llama: str) -> None:
     assert any(name.startswith("roles.models.policy") for name in kept)
     assert any(name.startswith("roles.models.value") for name in kept)
     assert "roles.heads.value.weight" in kept
+
+
+# --- the command's function ------------------------------------------------------------------------------------------
+
+
+def trained_policy(base: Base, amount: float = 0.05) -> Any:
+    """An SFT model some updates away from its base."""
+    module = tiny.build(SFT(base))
+    tiny.disturb(module, amount)
+    module.eval()
+    return module
+
+
+def draw_biases(folder: str) -> None:
+    """Give a saved model biases that are not 0, as they are when drawn."""
+    model: Any = load_causal_lm(Base(name=folder))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(folder)
+
+
+def logits_of(model: Any) -> Tensor:
+    """The logits of the real tokens of the ragged rows, [n, vocabulary] in float32."""
+    with torch.no_grad():
+        return model(SEQUENCES.tokens, attention_mask=ATTENTION).logits[ATTENTION.bool()].float()
+
+
+def printed(line: str) -> float:
+    """The difference that the command prints."""
+    match = re.search(r"largest logit difference to the run's own model (\S+) \(", line)
+    assert match, line
+    return float(match[1])
+
+
+KINDS = {
+    "llama": ("llama", {}, {}),
+    "tied": ("llama", {"tie_word_embeddings": True}, {}),
+    "biases": ("qwen2", {}, {}),
+    "gpt2": ("gpt2", {}, {}),
+    "dora": ("llama", {}, {"dora": True}),
+    "rslora": ("llama", {}, {"rslora": True, "alpha": 3.0}),
+    # The head alone is adapted, and shares its weights with embeddings that are not.
+    "tied head": ("llama", {"tie_word_embeddings": True}, {"targets": ["lm_head", "q_proj"]}),
+    "tied embeddings": ("llama", {"tie_word_embeddings": True}, {"targets": ["embed_tokens", "q_proj"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings", "ignore:.*save_embedding_layers")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_policy_is_the_trained_one(tmp_path: Path, kind: str) -> None:
+    family, sizes, lora = KINDS[kind]
+    folder = tiny.save_model(tmp_path / "base", family, **sizes)
+    draw_biases(folder)
+    module = trained_policy(Base(name=folder, lora=LoRA(rank=4, **lora)), amount=0.03)
+    expected = logits_of(module.roles.policy)
+    save_hf(module, tmp_path / "run" / "hf")
+    line = export(str(tmp_path / "run"), merge=True, to=str(tmp_path / "whole"))
+    merged = plain(tmp_path / "whole", "AutoModelForCausalLM", None)
+    tolerance = 1e-5 * max(1.0, float(expected.abs().max()))
+    assert float((expected - logits_of(load_causal_lm(Base(name=folder)))).abs().max()) > 0.1
+    torch.testing.assert_close(logits_of(merged), expected, rtol=0, atol=tolerance)
+    own = load_causal_lm(Base(name=str(tmp_path / "whole")))
+    torch.testing.assert_close(logits_of(own), expected, rtol=0, atol=tolerance)
+    assert printed(line) <= tolerance
+    assert not list((tmp_path / "whole").glob("adapter*"))
+    assert load_tokenizer(Base(name=str(tmp_path / "whole"))).get_vocab() == module.tokenizer.get_vocab()
+
+
+def test_tied_weights_stay_tied_where_the_adapter_leaves_them_alone(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "base", tie_word_embeddings=True)
+    save_hf(trained_policy(Base(name=folder, lora=LoRA(rank=4))), tmp_path / "hf")
+    export(str(tmp_path), merge=True)
+    merged = plain(tmp_path / "hf" / "export", "AutoModelForCausalLM", None)
+    assert merged.config.tie_word_embeddings
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_a_merged_ppo_run_is_its_policy_and_no_other_adapter(llama: str, tmp_path: Path) -> None:
+    """Of the adapters on the base (policy, reference, critic) the policy's alone is merged."""
+    sft = trained_policy(Base(name=llama, lora=LoRA(rank=4)))
+    save_hf(sft, tmp_path / "sft")
+    module: Any = tiny.make_ppo(Base(name=str(tmp_path / "sft")))
+    tiny.disturb(module, 0.05, seed=4)
+    save_hf(module, tmp_path / "hf")
+    export(str(tmp_path), merge=True, to=str(tmp_path / "whole"))
+    merged = logits_of(plain(tmp_path / "whole", "AutoModelForCausalLM", None))
+    found = {}
+    for role in ("policy", "reference", "value"):
+        with module.roles.acting(role) as model:
+            found[role] = float((logits_of(model.eval()) - merged).abs().max())
+    assert found["policy"] < 1e-5
+    assert min(found["reference"], found["value"]) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "4-bit"])
+def test_an_export_without_merging_is_the_trained_policy(llama: str, tmp_path: Path, kind: str) -> None:
+    lora = None if kind == "full" else LoRA(rank=4)
+    base = Base(name=llama, lora=lora, quantization=Quantization() if kind == "4-bit" else None)
+    module = trained_policy(base)
+    save_hf(module, tmp_path / "hf")
+    line = export(str(tmp_path), to=str(tmp_path / "out"))
+    expected = logits_of(module.roles.policy)
+    if kind == "4-bit":
+        loaded = load_causal_lm(Base(name=str(tmp_path / "out")))
+    else:
+        loaded = plain(tmp_path / "out", "AutoModelForCausalLM", llama if lora else None)
+    torch.testing.assert_close(logits_of(loaded), expected, rtol=0, atol=1e-5)
+    assert printed(line) < 1e-5
+    assert bool(list((tmp_path / "out").glob("model*.safetensors"))) == (kind == "full")
+    assert load_tokenizer(Base(name=str(tmp_path / "out"))).get_vocab() == module.tokenizer.get_vocab()
+
+
+def test_a_4_bit_run_is_merged_onto_either_base_and_says_how_far_off_it_is(tmp_path: Path) -> None:
+    """Both bases and the run computed by hand: the printed differences are those, and dequantised is nearest."""
+    from peft import PeftModel
+
+    folder = tiny.save_model(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    base = Base(name=folder, lora=LoRA(rank=4), quantization=Quantization(compute_dtype="float32"))
+    module = trained_policy(base)
+    expected = logits_of(module.roles.policy)
+    save_hf(module, tmp_path / "hf")
+    said = {
+        name: printed(export(str(tmp_path), merge=True, dequantize=name == "dequantised", to=str(tmp_path / name)))
+        for name in ("full", "dequantised")
+    }
+    merged = {name: logits_of(plain(tmp_path / name, "AutoModelForCausalLM", None)) for name in said}
+    by_hand = PeftModel.from_pretrained(load_causal_lm(Base(name=folder)), tmp_path / "hf").eval()
+    torch.testing.assert_close(merged["full"], logits_of(by_hand), rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged["dequantised"], expected, rtol=0, atol=2e-5)
+    assert said["dequantised"] < 2e-5
+    off = float((merged["full"] - expected).abs().max())
+    assert off > 0.1  # quantisation of random weights is coarse
+    assert off / 4 < said["full"] < 4 * off  # printed for other tokens than these
+
+
+def test_the_printed_difference_is_that_of_the_tokens_it_names(tmp_path: Path) -> None:
+    """Random tokens from seed 0, recomputed; bfloat16 weights are off by their rounding."""
+    folder = tiny.save_model(tmp_path / "base", max_position_embeddings=12)
+    module = trained_policy(Base(name=folder, lora=LoRA(rank=4)))
+    save_hf(module, tmp_path / "hf")
+    line = export(str(tmp_path), merge=True, dtype="bfloat16", to=str(tmp_path / "out"))
+    assert "on 4 rows of random tokens" in line
+    ordinary = torch.arange(3, tiny.VOCABULARY)  # 0, 1 and 2 are special
+    tokens = ordinary[torch.randint(len(ordinary), (4, 12), generator=torch.Generator().manual_seed(0))]
+    merged = plain(tmp_path / "out", "AutoModelForCausalLM", None, dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    with torch.no_grad():
+        rows = [(merged(row[None]).logits.float(), module.roles.policy(row[None]).logits) for row in tokens]
+    off = max(float((ours - theirs).abs().max()) for ours, theirs in rows)
+    assert 1e-3 < off < 1
+    assert printed(line) == pytest.approx(off, rel=0.01)
+
+
+def test_a_merged_model_has_the_width_of_its_base_unless_told(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "base", dtype="bfloat16")
+    load_causal_lm(Base(name=folder, dtype="bfloat16")).save_pretrained(folder)  # type: ignore[operator]
+    save_hf(trained_policy(Base(name=folder, lora=LoRA(rank=4), dtype="bfloat16")), tmp_path / "hf")
+    for dtype, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
+        export(str(tmp_path), merge=True, dtype=dtype, to=str(tmp_path / f"out {dtype}"))  # type: ignore[arg-type]
+        merged = plain(tmp_path / f"out {dtype}", "AutoModelForCausalLM", None, dtype="auto")
+        assert {parameter.dtype for parameter in merged.parameters()} == {expected}
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization(compute_dtype="float32")], ids=["lora", "4-bit"])
+def test_a_merged_reward_model_scores_as_the_trained_one(
+    llama: str, tmp_path: Path, quantization: Quantization | None
+) -> None:
+    """One label, its head and the constant included, by plain transformers and by this package."""
+    module = trained_scorer(Base(name=llama, lora=LoRA(rank=4), quantization=quantization))
+    assert abs(module.scorer.get_base_model().config.reward_bias) > 0.05  # type: ignore[operator, union-attr]
+    save_hf(module, tmp_path / "hf")
+    line = export(str(tmp_path), merge=True, dequantize=quantization is not None, to=str(tmp_path / "out"))
+    with torch.no_grad():
+        expected = module.scores(SEQUENCES)
+        record = json.loads((tmp_path / "out" / "reward.json").read_text())
+        merged = plain(tmp_path / "out", "AutoModelForSequenceClassification", None)
+        assert merged.config.num_labels == 1
+        assert record["pad_token_id"] == merged.config.pad_token_id != tiny.EOS
+        padded = torch.where(ATTENTION.bool(), SEQUENCES.tokens, record["pad_token_id"])
+        scores = merged(padded, attention_mask=ATTENTION).logits[:, 0] + record["bias"]
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    own = load_scorer(Base(name=str(tmp_path / "out")), trained=True)
+    torch.testing.assert_close(score_sequences(own, SEQUENCES, 1000), expected, rtol=0, atol=1e-5)
+    assert printed(line) < 1e-5
+
+
+# --- what is refused, and what a failure leaves ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and beside it a LoRA run, a 4-bit run and a full run."""
+    place = tmp_path_factory.mktemp("adapters")
+    base = Base(name=tiny.save_model(place / "base"))
+    for name, lora, quantization in (
+        ("full", None, None), ("lora", LoRA(rank=4), None), ("qlora", LoRA(rank=4), Quantization())
+    ):  # fmt: skip
+        module = trained_policy(Base(name=base.name, lora=lora, quantization=quantization))
+        save_hf(module, place / name / "hf")
+    (place / "empty").mkdir()
+    return place
+
+
+REFUSED = {
+    "no run": ({"run": "none"}, "none: no such run"),
+    "no folder": ({"run": "./none"}, "./none: no such model folder"),
+    "without hf": ({"run": "empty"}, "empty: no model in this folder"),
+    "a hub name": ({"run": "org/model"}, "org/model: no such run"),
+    "merge of a full model": ({"run": "full", "merge": True}, "--merge: full holds a whole model"),
+    "dequantize without 4 bits": ({"run": "lora", "merge": True, "dequantize": True}, "was not trained on a 4-bit"),
+    "dequantize of a full model": ({"run": "full", "dequantize": True}, "was not trained on a 4-bit base"),
+    "dequantize without merge": ({"run": "qlora", "dequantize": True}, "give --merge too"),
+    "dtype without merge": ({"run": "lora", "dtype": "float32"}, "--dtype is of merged weights"),
+    "a folder with something in it": ({"run": "lora", "to": "base"}, "--to base: is there already"),
+    "a file": ({"run": "lora", "to": "base/config.json"}, "is there already"),
+    "below a file": ({"run": "lora", "to": "base/config.json/x"}, "cannot be written"),
+    "offline": ({"run": "lora", "push_to_hub": "me/mine"}, "--push-to-hub me/mine: offline (HF_HUB_OFFLINE is set)"),
+    "no repository's name": ({"run": "lora", "push_to_hub": "a b/c"}, "--push-to-hub a b/c: no name for a repository"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_a_line(adapters: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(adapters)
+    options, words = REFUSED[case]
+    before = sorted(adapters.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        export(**options)  # type: ignore[arg-type]
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(adapters.rglob("*")) == before
+
+
+def test_a_base_that_is_gone_or_changed_is_refused(adapters: Path, tmp_path: Path) -> None:
+    base = Path(tiny.save_model(tmp_path / "base"))
+    save_hf(trained_policy(Base(name=str(base), lora=LoRA(rank=4))), tmp_path / "hf")
+    tiny.save_model(base, seed=1)
+    with pytest.raises(UserError, match=r"the weights of .* are not those that the adapter in .* was trained on"):
+        export(str(tmp_path), merge=True)
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match="the base of its adapter is gone"):
+        export(str(tmp_path), merge=True)
+    assert not (tmp_path / "hf" / "export").exists()
+
+
+def test_a_failure_leaves_nothing_and_a_kill_nothing_under_the_name(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def torn(model: Any, tokenizer: Any, folder: Path, scorer: bool) -> None:
+        (folder / "half.txt").write_text("half")
+        seen.append((folder.parent == tmp_path, (tmp_path / "out").exists()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_lit.export.write_model", torn)
+    with pytest.raises(KeyboardInterrupt):
+        export(str(adapters / "lora"), to=str(tmp_path / "out"))
+    assert seen == [(True, False)]  # beside the folder, which is not there while it is written
+    assert not list(tmp_path.iterdir())
+
+
+class Hub:
+    """Stands for the hub's client, and remembers what was asked of it."""
+
+    asked: list[tuple[Any, ...]]
+    broken = False
+
+    def whoami(self) -> None:
+        self.asked.append(("whoami",))
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        self.asked.append(("create", repo_id, private, exist_ok))
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if self.broken:
+            raise ConnectionError("the line went dead")
+        self.asked.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_a_whole_folder_is_uploaded_to_a_private_repository(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(Hub, "asked", [], raising=False)
+    run = str(adapters / "lora")
+    with pytest.raises(UserError, match="no token"):
+        export(run, to=str(tmp_path / "out"), push_to_hub="me/mine")
+    assert not list(tmp_path.iterdir())
+    assert not Hub.asked
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+    export(run, to=str(tmp_path / "out"), push_to_hub="me/mine")
+    assert Hub.asked[:2] == [("whoami",), ("create", "me/mine", True, True)]
+    names = Hub.asked[2][2]
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(names)
+    # A failed upload says where the folder is, which is whole.
+    monkeypatch.setattr(Hub, "broken", True)
+    with pytest.raises(UserError, match="the line went dead; the export is whole in"):
+        export(run, to=str(tmp_path / "again"), push_to_hub="me/mine")
+    assert (tmp_path / "again" / "README.md").is_file()
