@@ -132,8 +132,8 @@ def minimise(module: DPO | RewardModel, batch: PreferenceBatch) -> None:
     units = module.units(batch)
     optimizer = torch.optim.LBFGS(
         module.trainable_parameters(),
-        max_iter=300,
-        max_eval=400,
+        max_iter=200,
+        max_eval=250,
         tolerance_grad=1e-10,
         tolerance_change=0,
         line_search_fn="strong_wolfe",
