@@ -64,6 +64,10 @@ class GRPO(OnPolicy):
         )
         self.scale_advantages = scale_advantages
 
+    @property
+    def rescales_advantages(self) -> bool:
+        return self.scale_advantages
+
     def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor) -> Estimate:
         """A_i = (R_i − μ)/(σ + 1e-4) on every token of response i, R = Σ_t r_t."""
         total = rewards.sum(-1)

@@ -75,6 +75,11 @@ class OnPolicy(WritingAlgorithm):
     # Whether ``estimate`` needs several responses to each prompt.
     compares_responses = False
 
+    @property
+    def rescales_advantages(self) -> bool:
+        """Whether ``estimate`` divides the advantages by a standard deviation."""
+        return False
+
     def __init__(
         self,
         base: Base,
@@ -121,10 +126,18 @@ class OnPolicy(WritingAlgorithm):
             raise UserError(
                 f"data.samples_per_prompt: {type(self).__name__} compares responses to one prompt; set it to 2 or more"
             )
-        if (instead := fixed_point(self.kl.estimator, self.kl.placement)) and self.global_rank == 0:
+        if self.global_rank:
+            return
+        if instead := fixed_point(self.kl.estimator, self.kl.placement):
             print(
                 f"note: model.kl: {self.kl.estimator} in the {self.kl.placement} converges to {instead} "
                 "(on a one-token bandit; see experiments/kl_fixed_points)",
+                file=sys.stderr,
+            )
+        elif self.kl.placement == "loss" and self.rescales_advantages:
+            print(
+                "note: model.kl: the advantages are divided by their standard deviation and the KL in the loss is not, "
+                "so its β is in those units, and the fixed point is not π* ∝ π₀·exp(r/β)",
                 file=sys.stderr,
             )
 

@@ -92,6 +92,10 @@ class PPO(OnPolicy):
         init = self.reward.critic_base() if self.critic.init == "reward" else None
         self.roles.add_critic(self.base, init, self.critic.trunk)
 
+    @property
+    def rescales_advantages(self) -> bool:
+        return self.whiten_advantages
+
     # Experience
 
     def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor) -> Estimate:

@@ -328,11 +328,24 @@ def test_ppo_without_masked_advantages_does_not(
 
 
 def run_with_the_kl_in_the_loss(
-    base: Base, folder: Path, rollouts: int, estimator: Estimator, world: World = BANDIT, learning_rate: float = 0.03
+    base: Base,
+    folder: Path,
+    rollouts: int,
+    estimator: Estimator,
+    world: World = BANDIT,
+    learning_rate: float = 0.03,
+    whiten_advantages: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Advantages as they are: whitened, they would stand in another unit than β."""
     kl = FixedKL(BETA, estimator, "loss")
-    return run(base, folder, rollouts, world, kl=kl, whiten_advantages=False, learning_rate=learning_rate)
+    settings = {"whiten_advantages": whiten_advantages, "learning_rate": learning_rate}
+    return run(base, folder, rollouts, world, kl=kl, **settings)
+
+
+def test_whitened_advantages_move_the_optimum_of_the_kl_in_the_loss(base: Base, tmp_path: Path) -> None:
+    """They are divided by their standard deviation, and β is not."""
+    policy, reference = run_with_the_kl_in_the_loss(base, tmp_path, 25, "k2", whiten_advantages=True)
+    assert distance(policy, BANDIT.optimum(reference)) > 0.2
 
 
 @pytest.mark.parametrize("estimator", ["k2", "full"])

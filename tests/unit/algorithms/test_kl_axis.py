@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
-from rlhf_lit.algorithms import PPO
+from rlhf_lit.algorithms import GRPO, PPO
 from rlhf_lit.batches import ExperienceBatch
 from rlhf_lit.losses.kl import AdaptiveKL, Estimator, FixedKL, Placement
 from rlhf_lit.models import logprobs as logprobs_module
@@ -123,7 +123,8 @@ def test_the_update_uses_the_coefficient_of_its_rollout(llama: str, estimator: E
 def test_one_line_says_what_a_combination_converges_to(
     llama: str, capsys: pytest.CaptureFixture[str], estimator: Estimator, placement: Placement
 ) -> None:
-    module = tiny.make_ppo(Base(name=llama), kl=FixedKL(0.2, estimator=estimator, placement=placement))
+    kl = FixedKL(0.2, estimator=estimator, placement=placement)
+    module = tiny.make_ppo(Base(name=llama), kl=kl, whiten_advantages=False)
     capsys.readouterr()  # what loading had to say
     module.on_fit_start()
     said = capsys.readouterr().err
@@ -132,3 +133,25 @@ def test_one_line_says_what_a_combination_converges_to(
     else:
         assert said.startswith(f"note: model.kl: {estimator} in the {placement} converges to ")
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("estimator", "placement"), [("k1", "reward"), ("k2", "loss"), ("full", "loss")])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(PPO, {"whiten_advantages": True, "critic": tiny.Critic(init="policy")}), (GRPO, {"scale_advantages": True})],
+)
+def test_one_line_says_that_rescaled_advantages_have_another_unit_than_beta(
+    llama: str,
+    capsys: pytest.CaptureFixture[str],
+    estimator: Estimator,
+    placement: Placement,
+    kind: Any,
+    settings: dict[str, Any],
+) -> None:
+    module = tiny.make_on_policy(kind, Base(name=llama), kl=FixedKL(0.2, estimator, placement), **settings)
+    module.compares_responses = False  # no data module here
+    capsys.readouterr()
+    module.on_fit_start()
+    said = capsys.readouterr().err
+    assert said.startswith("note: model.kl: the advantages are divided") == (placement == "loss")
+    assert said.count("\n") == (placement == "loss")
