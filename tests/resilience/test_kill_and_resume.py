@@ -223,8 +223,10 @@ def test_killed_and_resumed_ppo_equals_uninterrupted(tmp_path, small_model, conf
     places = Places.of(whole)
     assert_saw_everything(whole, places)
     generator = random.Random(SEED)
-    kills = [Kill.after(generator.choice(getattr(places, kind)), STEPS, generator) for kind in kinds]
-    assert_each_resumes(tmp_path, config, kills, whole)
+    saved: list[int] = []
+    for kind in kinds:
+        saved.append(generator.choice([step for step in getattr(places, kind) if step not in saved]))
+    assert_each_resumes(tmp_path, config, [Kill.after(step, STEPS, generator) for step in saved], whole)
 
 
 def test_killed_and_resumed_grpo_equals_uninterrupted(tmp_path, small_model):
@@ -239,7 +241,7 @@ def test_killed_and_resumed_grpo_equals_uninterrupted(tmp_path, small_model):
 def test_killed_at_twenty_random_steps(tmp_path, small_model, config):
     write(tmp_path, config, small_model)
     whole, generator = whole_run(tmp_path, config), random.Random(SEED)
-    saved = [generator.randrange(1, STEPS) for _ in range(20)]
+    saved = generator.sample(range(1, STEPS), 20)
     assert_each_resumes(tmp_path, config, [Kill.after(step, STEPS, generator) for step in saved], whole)
 
 
