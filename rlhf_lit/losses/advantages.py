@@ -50,10 +50,11 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         [rows] advantages and baselines.
     """
     same = groups[:, None] == groups[None]
-    others = (same & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)).to(rewards.dtype)
+    # In float64, which autocast leaves alone (it would make the products bf16), and where equal rewards cancel exactly.
+    others = (same & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)).double()
     assert (others.sum(-1) > 0).all(), "a response without another to its prompt"
-    baseline = others @ rewards / others.sum(-1)
-    return rewards - baseline, baseline
+    baseline = others @ rewards.double() / others.sum(-1)
+    return (rewards - baseline).to(rewards.dtype), baseline.to(rewards.dtype)
 
 
 def group_relative(rewards: Tensor, groups: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
@@ -69,11 +70,11 @@ def group_relative(rewards: Tensor, groups: Tensor, scale: bool) -> tuple[Tensor
     Returns:
         [rows] advantages and baselines μ.
     """
-    same = (groups[:, None] == groups[None]).to(rewards.dtype)
+    same = (groups[:, None] == groups[None]).double()  # as in leave_one_out
     size = same.sum(-1)
     assert (size > 1).all(), "a response without another to its prompt"
-    mean = same @ rewards / size
+    mean = same @ rewards.double() / size
     deviation = rewards - mean
-    if not scale:
-        return deviation, mean
-    return deviation / ((same @ deviation.square() / (size - 1)).sqrt() + 1e-4), mean
+    if scale:
+        deviation = deviation / ((same @ deviation.square() / (size - 1)).sqrt() + 1e-4)
+    return deviation.to(rewards.dtype), mean.to(rewards.dtype)

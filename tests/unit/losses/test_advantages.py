@@ -101,3 +101,22 @@ def test_equal_rewards_teach_nothing() -> None:
     same, groups = torch.full((4,), 0.3), torch.zeros(4, dtype=torch.int64)
     assert not leave_one_out(same, groups)[0].any()
     assert group_relative(same, groups, scale=True)[0].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [3, 5, 7, 8])
+def test_equal_rewards_cancel_exactly_in_float32(size: int) -> None:
+    rewards, groups = torch.full((3 * size,), 2.3), torch.arange(3).repeat_interleave(size)
+    for advantages, _ in (leave_one_out(rewards, groups), group_relative(rewards, groups, scale=True)):
+        assert advantages.dtype == torch.float32
+        assert not advantages.any()
+
+
+def test_autocast_does_not_round_what_responses_are_compared_with() -> None:
+    """A rollout under `bf16-mixed` works its advantages out inside of autocast, which makes matrix products bf16."""
+    rewards, groups = 4 + REWARDS[0].float(), torch.arange(3).repeat_interleave(4)
+    for function in (lambda: leave_one_out(rewards, groups), lambda: group_relative(rewards, groups, scale=True)):
+        plain = function()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            within = function()
+        for a, b in zip(plain, within, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
