@@ -244,6 +244,9 @@ def test_a_merged_policy_is_the_trained_one(tmp_path: Path, kind: str) -> None:
     own = load_causal_lm(Base(name=str(tmp_path / "whole")))
     torch.testing.assert_close(logits_of(own), expected, rtol=0, atol=tolerance)
     assert printed(line) <= tolerance
+    # Other readers than transformers tie whatever the file says is tied.
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (kind in ("tied", "gpt2"))
     assert not list((tmp_path / "whole").glob("adapter*"))
     assert load_tokenizer(Base(name=str(tmp_path / "whole"))).get_vocab() == module.tokenizer.get_vocab()
 
