@@ -206,7 +206,6 @@ class Algorithm(LightningModule):
         reseed("step", self.global_step, self.global_rank)
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        optimizer.zero_grad()
         units = {name: self.sum_over_ranks(count) for name, count in self.units(batch).items()}
         totals: dict[str, Tensor] = {}
         with self._local_gradients():
@@ -217,6 +216,7 @@ class Algorithm(LightningModule):
         norm = self._reduce_and_clip()
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
+        optimizer.zero_grad()  # now, not before the next backward pass: a rollout or a validation may come in between
         scheduler.step()
         if self.trainer.global_step == self.trainer.max_steps:
             # Lightning validates when an epoch ends or a run is told to stop, but not at the last of max_steps.
