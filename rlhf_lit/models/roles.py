@@ -118,8 +118,20 @@ class Roles(nn.Module):
                 )
             self.heads["value"] = self._load_adapter("value", init.folder, True, "critic.init")
             return
-        if init is not None:  # it trains beside the policy, in the same manner
-            init = replace(init, attention=base.attention, gradient_checkpointing=base.gradient_checkpointing)
+        if init is not None:
+            if (adapted := Foundation.load(init.folder)) and adapted.quantization:
+                raise UserError(
+                    f"critic.init: the reward model in {init.folder} is an adapter on 4-bit weights, and those cannot "
+                    "be trained; train the policy with base.lora too, or set critic.init: policy"
+                )
+            # It trains beside the policy, in the same manner: not in what the reward model is frozen in.
+            init = replace(
+                init,
+                dtype=base.dtype,
+                quantization=None,
+                attention=base.attention,
+                gradient_checkpointing=base.gradient_checkpointing,
+            )
         scorer: Any = load_scorer(init or base, trained=init is not None)
         inner = unwrapped(scorer)
         if init is not None:

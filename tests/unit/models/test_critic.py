@@ -9,9 +9,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_lit.algorithms import RewardModel
 from rlhf_lit.algorithms.ppo import Critic
+from rlhf_lit.errors import UserError
 from rlhf_lit.export import save_hf
 from rlhf_lit.models.heads import sequence_scores, token_values
-from rlhf_lit.models.loading import Base, LoRA, unwrapped
+from rlhf_lit.models.loading import Base, Dtype, LoRA, Quantization, unwrapped
 from rlhf_lit.rollout.rewards import RewardFromModel
 
 
@@ -54,3 +55,21 @@ def test_an_adapter_of_another_rank_or_scale_keeps_its_own(llama: str, tmp_path:
     with torch.no_grad(), ppo.roles.acting("value") as model:
         values = sequence_scores(model, ppo.roles.heads["value"], rows)
         torch.testing.assert_close(values, module.scores(rows), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("policy", "reward"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_critic_trains_in_the_policys_width_whatever_the_reward_model_is_frozen_in(
+    llama: str, tmp_path: Path, policy: Dtype, reward: Dtype
+) -> None:
+    """bfloat16 has 8 bits: a step of a usual learning rate would be rounded away."""
+    source = RewardFromModel(reward_folder(tmp_path, Base(name=llama)), dtype=reward)
+    ppo = tiny.make_ppo(Base(name=llama, dtype=policy), reward=source, critic=Critic())
+    assert {p.dtype for p in ppo.roles.models["value"].parameters()} == {getattr(torch, policy)}
+    assert next(ppo.roles.heads["value"].parameters()).dtype == torch.float32
+
+
+def test_a_whole_critic_of_a_4_bit_reward_adapter_is_refused(llama: str, tmp_path: Path) -> None:
+    base = Base(name=llama, lora=LoRA(rank=2), quantization=Quantization(compute_dtype="float32"))
+    reward = RewardFromModel(reward_folder(tmp_path, base))
+    with pytest.raises(UserError, match=r"critic\.init: the reward model in .* is an adapter on 4-bit weights"):
+        tiny.make_ppo(Base(name=llama), reward=reward, critic=Critic())
