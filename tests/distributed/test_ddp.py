@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import Run
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 COMPARED = ("train/loss", "train/grad_norm", "train/accuracy", "val/loss", "val/accuracy", "val/perplexity")
@@ -62,16 +63,16 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 def test_two_processes_make_the_steps_of_one(command, start, tmp_path):
     write(tmp_path)
-    two = {
-        name: start("fit", "--config", f"{name}.yaml", "--runs=two", "--trainer.strategy=ddp", "--trainer.devices=2")
-        for name in ("sft", "dpo")
-    }
-    for name in two:
+    ddp = ("--runs=two", "--trainer.strategy=ddp", "--trainer.devices=2")
+    launched = start("fit", "--config", "sft.yaml", *ddp)  # Lightning starts the second process
+    told = Run("fit", "--config", "dpo.yaml", *ddp, folder=tmp_path, ranks=2)  # both are told their ranks
+    for name in ("sft", "dpo"):
         answer = command("fit", "--config", f"{name}.yaml", "--runs=one", "--trainer.devices=1")
         assert answer.status == 0, answer.err
-    for name, process in two.items():
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, said
+    said, _ = launched.communicate(timeout=240)
+    assert launched.returncode == 0, said
+    told.wait()
+    for name in ("sft", "dpo"):
         runs = [tmp_path / folder / name / "version_0" for folder in ("one", "two")]
         assert not (runs[1].parent / "version_1").exists(), "one run, one folder"
         alone, together = map(weights, runs)
