@@ -147,7 +147,7 @@ def load_causal_lm(base: Base) -> nn.Module:
     return model
 
 
-def load_scorer(base: Base, trained: bool = False) -> nn.Module:
+def load_scorer(base: Base, trained: bool = False, frozen: bool = False) -> nn.Module:
     """The base as a sequence classifier with one score, its head in float32, in eval mode.
 
     A head that comes with the weights is kept; a new one is drawn normal with standard deviation 1/√(d+1) (Ziegler et
@@ -156,8 +156,11 @@ def load_scorer(base: Base, trained: bool = False) -> nn.Module:
     Args:
         base: where it is.
         trained: the base must be a reward model: it must come with a head.
+        frozen: it will not be trained, so that it may be a whole model in 4 bits; nothing of it asks for a gradient.
     """
-    model = _load(base, "AutoModelForSequenceClassification", {"num_labels": 1})
+    model = _load(base, "AutoModelForSequenceClassification", {"num_labels": 1}, frozen)
+    if frozen:
+        model.requires_grad_(False)
     inner = unwrapped(model)
     if trained and inner.new_head:
         raise UserError(f"{base.name} is no reward model: it has no trained score head, and a new one scores at random")
@@ -187,7 +190,7 @@ def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *ids]))
 
 
-def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
+def _load(base: Base, auto_class: str, extra: dict[str, Any], frozen: bool = False) -> nn.Module:
     import transformers
 
     adapter_folder = base.folder if (adapter := _adapter_config(base)) else None
@@ -204,7 +207,7 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any]) -> nn.Module:
             weights = replace(weights, quantization=Quantization(**recorded.quantization))
     else:
         weights, recorded = base, None
-    if base.quantization and not (base.lora or adapter):
+    if base.quantization and not (base.lora or adapter or frozen):
         raise UserError("base.quantization: 4-bit weights cannot be trained: set base.lora too")
     auto = getattr(transformers, auto_class)
     dtype = getattr(torch, base.dtype)

@@ -142,7 +142,7 @@ class RewardFromModel(RewardSource):
                 "train it from the same base"
             )
         if self._shared is None:
-            self.model = load_scorer(self.base, trained=True).requires_grad_(False)
+            self.model = load_scorer(self.base, trained=True, frozen=True)
 
     def forward(
         self,

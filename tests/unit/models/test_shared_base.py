@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 
 from rlhf_lit.algorithms import PPO, SFT, RewardModel
@@ -199,3 +200,29 @@ def test_a_language_models_adapter_is_no_reward(llama: str, tmp_path: Path) -> N
     folder = sft_run(llama, tmp_path, None)
     with pytest.raises(UserError, match=r"reward\.path: .* no reward model's"):
         tiny.make_ppo(Base(name=llama, lora=LoRA(rank=4)), reward=RewardFromModel(folder))
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)], ids=["whole policy", "adapter"])
+def test_a_whole_reward_model_is_held_in_4_bits_and_a_critic_from_it_is_not(
+    llama: str, tmp_path: Path, lora: LoRA | None
+) -> None:
+    folder = reward_run(Base(name=llama), tmp_path)
+    reward = RewardFromModel(folder, quantization=FOUR_BITS)
+    module = tiny.make_ppo(
+        Base(name=llama, lora=lora), reward=reward, critic=tiny.Critic("policy" if lora else "reward")
+    )
+    assert any(hasattr(parameter, "quant_state") for parameter in module.reward.parameters())
+    assert not any(parameter.requires_grad for parameter in module.reward.parameters())
+    alone = load_scorer(Base(name=folder), trained=True)
+    exact = score_sequences(alone, SEQUENCES, 1000)
+    with torch.no_grad():
+        for name, weight in module.reward.model.named_parameters():  # type: ignore[union-attr]
+            if hasattr(weight, "quant_state"):
+                alone.get_parameter(name).copy_(dequantize_4bit(weight, weight.quant_state))
+    rounded = score_sequences(alone, SEQUENCES, 1000)
+    assert float((rounded - exact).abs().max()) > 1e-2
+    torch.testing.assert_close(scores(module.reward), rounded, rtol=1e-4, atol=1e-4)
+    if lora is None:
+        critic = module.roles.models["value"]
+        assert not any(hasattr(parameter, "quant_state") for parameter in critic.parameters())
+        assert all(parameter.requires_grad for parameter in critic.parameters())
