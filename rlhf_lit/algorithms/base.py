@@ -217,11 +217,11 @@ class Algorithm(LightningModule):
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()  # now, not before the next backward pass: a rollout or a validation may come in between
-        scheduler.step()
         if self.trainer.global_step == self.trainer.max_steps:
             # Lightning validates when an epoch ends or a run is told to stop, but not at the last of max_steps.
             self.trainer.should_stop = True
         self.log_step(self._sum_metrics(totals), norm)
+        scheduler.step()  # after what was logged, which is the rates this step was made with
         tokens = float(self.tokens_in(batch))
         self.log("train/tokens_per_s", tokens / (time.perf_counter() - started), prog_bar=True)
 
