@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -213,12 +213,20 @@ class RolloutLoader:
         return joined.select(before[self._ranks_of(episodes)] + self._rows_of(episodes))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken, by however many ranks."""
-        self.rollout, self.step = state["rollout"], state["step"]
-        self.buffer = None
-        if state["buffer"] is not None:
-            episodes = torch.arange(self.episodes_per_rollout)
-            self.buffer = _experience(state["buffer"]).select(episodes[self._ranks_of(episodes) == self.rank])
+        """Continue where the state was taken, by however many ranks.
+
+        What this run sets holds: the saved experience goes through in its micro-batches, and is passed over where a
+        rollout now has another number of episodes, or fewer steps than were made on it.
+        """
+        self.rollout, self.step, self.buffer = state["rollout"], state["step"], None
+        if state["buffer"] is None:
+            return
+        saved, episodes = _experience(state["buffer"]), torch.arange(self.episodes_per_rollout)
+        if len(saved) != len(episodes) or self.step >= self.steps_per_rollout:
+            self.rollout, self.step = self.rollout + 1, 0
+            return
+        budget = self._prompts_of(self.rollout).micro_batch_tokens
+        self.buffer = replace(saved, micro_batch_tokens=budget).select(episodes[self._ranks_of(episodes) == self.rank])
 
 
 def _tensors(record: Record) -> dict[str, Any]:

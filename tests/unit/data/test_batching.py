@@ -6,6 +6,7 @@ import io
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -300,6 +301,51 @@ def test_a_rollout_that_was_spent_stays_so_after_loading() -> None:
     policy.spent = again.spent = True  # the module's own state, which its checkpoint holds
     assert mark_of(next(iter(resumed))) == mark_of(next(stream))
     assert again.asked == policy.asked[1:]
+
+
+def changed(policy: Policy, **settings: int) -> RolloutLoader:
+    """The loader of a run that is continued with other settings than ``rollouts`` has."""
+    sizes = {"rollout_size": 4, "samples_per_prompt": 2, "minibatch_size": 2, "ppo_epochs": 3, **settings}
+    budget = sizes.pop("micro_batch_tokens", 50)
+
+    def ask(items: list[tuple[int, int, int]]) -> PromptBatch:
+        return replace(asks(items), micro_batch_tokens=budget)
+
+    return RolloutLoader(list(range(10)), ask, policy, lambda: policy.spent, **sizes)
+
+
+def saved_after(step: int) -> dict[str, Any]:
+    broken = rollouts(Policy())
+    stream = iter(broken)
+    for _ in range(step):
+        next(stream)
+    return broken.state_dict()
+
+
+def test_a_resumed_rollout_goes_through_in_the_micro_batches_of_the_run_that_continues() -> None:
+    """Lowering them is what one does when memory ran out on this very rollout."""
+    policy = Policy()
+    resumed = changed(policy, micro_batch_tokens=4)
+    resumed.load_state_dict(saved_after(5))
+    batch = next(iter(resumed))
+    assert not policy.asked, "no rollout is redone"
+    assert batch.micro_batch_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ppo_epochs": 1}, {"minibatch_size": 8}, {"rollout_size": 2}, {"rollout_size": 6}, {"samples_per_prompt": 3}],
+    ids=str,
+)
+def test_a_rollout_that_no_longer_fits_the_settings_is_passed_over(settings: dict[str, int]) -> None:
+    """Twelve steps were to be made on each rollout, and five are."""
+    policy = Policy()
+    resumed = changed(policy, **settings)
+    resumed.load_state_dict(saved_after(5))
+    stream = iter(resumed)
+    for _ in range(resumed.steps_per_rollout + 1):
+        next(stream)
+    assert [rollout for rollout, _, _ in policy.asked] == [1, 2]
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
