@@ -67,8 +67,10 @@ class BatchLoader:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where the state was taken."""
+        """Continue where the state was taken; in larger batches, with the next epoch where that is past the end."""
         self.epoch, self.position = state["epoch"], state["position"]
+        if self.position >= len(self):
+            self.epoch, self.position = self.epoch + 1, 0
 
 
 class Collect(Protocol):

@@ -94,6 +94,13 @@ def test_state_resumes_in_the_middle(step: int) -> None:
     assert broken.state_dict() == {"epoch": step // 6, "position": step % 6}
 
 
+def test_a_place_past_the_end_of_an_epoch_in_larger_batches_is_the_next_epoch() -> None:
+    resumed, whole = loader(batch_size=8), loader(batch_size=8)
+    resumed.load_state_dict({"epoch": 0, "position": 4})  # of 6 batches of 4; there are 3 of 8
+    epoch(whole)
+    assert epoch(resumed) == epoch(whole)
+
+
 def test_asking_for_an_iterator_uses_nothing_up() -> None:
     """Lightning calls ``iter`` two or three times."""
     untouched, asked = loader(), loader()
