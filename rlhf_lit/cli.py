@@ -27,7 +27,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_lit import recording, runs, tracking
 from rlhf_lit.algorithms.base import Algorithm
-from rlhf_lit.cli_errors import check_keys, condense, read_configs, read_options
+from rlhf_lit.cli_errors import (
+    check_keys,
+    condense,
+    is_out_of_memory,
+    out_of_memory,
+    phase_of,
+    read_configs,
+    read_options,
+)
 from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController
@@ -197,6 +205,8 @@ class RunCLI(LightningCLI):
                 raise UserError(_one_line(error)) from error
             raise
         except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            if is_out_of_memory(error):
+                raise UserError(out_of_memory(phase_of(error), self.config[subcommand])) from error
             if self.config[subcommand].ckpt_path and _while_restoring(error):
                 path = self.config[subcommand].ckpt_path
                 raise UserError(f"--ckpt_path {path}: not a checkpoint of this model ({_one_line(error)})") from error
@@ -280,8 +290,8 @@ def hush() -> None:
     transformers_logging.disable_progress_bar()  # "Loading weights", for every model of a run
 
 
-def main(argv: list[str]) -> int:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+def main(argv: list[str], command: type[RunCLI] = RunCLI) -> int:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``, or what another command line makes of their options.
 
     Raises:
         UserError: bad input, in one line.
@@ -294,5 +304,5 @@ def main(argv: list[str]) -> int:
         )  # a reward function in the user's folder, for the console script as for `python -m`
     # Dataclasses are plain fields to the parser, unless it is told that one is a family chosen from by class_path.
     set_parsing_settings(subclasses_enabled=[PreferenceLoss, KLController])
-    RunCLI(argv)
+    command(argv)
     return 0
