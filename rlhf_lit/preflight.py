@@ -570,7 +570,8 @@ def _sampled(module: OnPolicy, prompts: PromptBatch) -> Iterator[Check]:
     varied = scores_vary(scores)
     yield varied
     if varied.verdict != "failed":
-        yield scores_alone(score, scores, tolerance_of(module.reward).reshaped)
+        # Of the whole module, as the reward may stand on the policy's base.
+        yield scores_alone(score, scores, tolerance_of(module).reshaped)
 
 
 def _reference(

@@ -181,7 +181,7 @@ def test_the_documents_name_commands() -> None:
     """The search above finds them: a page that it cannot read would pass for a page without any."""
     assert {"make quickstart", "make test", "pip install -e ."} <= set(TYPED)
     assert sum(command.startswith("python -m rlhf_lit fit") for command in TYPED) > 20
-    assert sum(command.startswith("python -m rlhf_lit chat") for command in TYPED) == 2
+    assert sum(command.startswith("python -m rlhf_lit chat") for command in TYPED) == 3
 
 
 def test_what_is_said_of_versions_and_places() -> None:
