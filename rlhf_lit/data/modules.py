@@ -187,6 +187,7 @@ class RolloutDataModule(TextDataModule):
             )
         if self.trainer.max_steps == -1:
             self.trainer.fit_loop.epoch_loop.max_steps = steps
+        self.trainer.fit_loop.max_epochs = -1  # unset is a thousand, which may be fewer
 
     def _steps_for(self, episodes: int) -> int:
         per_rollout = self.rollout_size * self.samples_per_prompt

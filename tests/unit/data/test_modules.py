@@ -292,6 +292,14 @@ def test_episodes_set_the_number_of_steps(file, episodes, steps) -> None:
     assert len(module.train_dataloader()) == 10 * 6, "one pass over twenty prompts"
 
 
+def test_no_number_of_epochs_ends_a_run_before_its_episodes(file) -> None:
+    """Left alone, Lightning would stop at a thousand passes: few prompts in large rollouts are soon there."""
+    trainer = Trainer(**QUIET)
+    rollouts(file(ROWS), trainer, 12)
+    assert trainer.max_epochs == -1
+    assert trainer.max_steps == 12
+
+
 def test_a_trials_fewer_steps_stand(file) -> None:
     """As configs/overlays/debug.yaml sets them."""
     trainer = Trainer(max_steps=2, **QUIET)
