@@ -551,6 +551,7 @@ def _sampled(module: OnPolicy, prompts: PromptBatch) -> Iterator[Check]:
     """The checks that need answers: one is drawn to each prompt, with the noise that evaluations use."""
     with _short_answers(module):
         samples = module.respond(prompts)
+    texts = module.response_texts(samples)
     sequences, budget = samples.sequences, prompts.micro_batch_tokens
     yield padding(_logprobs(module.roles), _absolute, sequences, SCORING_BUDGET * budget, module.roles.policy)
 
@@ -564,7 +565,7 @@ def _sampled(module: OnPolicy, prompts: PromptBatch) -> Iterator[Check]:
     def score(rows: Tensor) -> Tensor:
         there = rows.to(samples.ended.device)
         chosen = Samples(sequences.select(there), samples.sampled_logprobs[there], samples.ended[there])
-        return module._raw_scores(prompts.select(rows), chosen)
+        return module.raw_scores(prompts.select(rows), chosen, [texts[row] for row in rows.tolist()])
 
     scores = score(torch.arange(len(prompts)))
     varied = scores_vary(scores)

@@ -162,7 +162,7 @@ class RolloutDump(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All ranks write into rank zero's folder."""
-        if not self.dump_rollouts:
+        if not self.dump_rollouts or _trial(trainer):
             return
         if not isinstance(pl_module, OnPolicy):
             raise UserError(f"debug.dump_rollouts: {type(pl_module).__name__} makes no rollouts; leave it false")

@@ -46,20 +46,15 @@ class Optimizer:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
 
-    def build(self, parameters: list[Any], learning_rate: float) -> torch.optim.Optimizer:
-        """The optimizer over trainable parameters, or over groups of them with learning rates of their own."""
-        options: dict[str, Any] = {
-            "lr": learning_rate,
-            "betas": self.betas,
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-        }
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over groups of parameters (``params``), each with its learning rate (``lr``)."""
+        options: dict[str, Any] = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
         if self.name == "adamw":
-            return torch.optim.AdamW(parameters, **options)
+            return torch.optim.AdamW(groups, **options)
         import bitsandbytes
 
         kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-        return getattr(bitsandbytes.optim, kinds[self.name])(parameters, **options)
+        return getattr(bitsandbytes.optim, kinds[self.name])(groups, **options)
 
 
 @dataclass(frozen=True)
@@ -298,7 +293,7 @@ class Algorithm(LightningModule):
     def configure_optimizers(self) -> Any:
         if not self.trainable_parameters():
             raise UserError(f"base.name: nothing of {self.base.name} is trainable")
-        optimizer = self.optimizer_settings.build(self.parameter_groups(), self.learning_rate)
+        optimizer = self.optimizer_settings.build(self.parameter_groups())
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("trainer.max_epochs, trainer.max_steps: one of them must say how long the run is")

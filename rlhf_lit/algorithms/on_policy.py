@@ -31,7 +31,7 @@ from rlhf_lit.models.roles import Roles
 from rlhf_lit.randomness import reseed
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.record import RolloutRecord, Scores
-from rlhf_lit.rollout.rewards import RewardSource
+from rlhf_lit.rollout.rewards import RewardSource, shown
 from rlhf_lit.rollout.shaping import ScoreMoments, Shaping
 
 # Scoring keeps no activations, so more padded tokens fit than in a training micro-batch.
@@ -184,11 +184,12 @@ class OnPolicy(WritingAlgorithm):
         # Sampling draws by keys of its own; a reward function may ask the global generators.
         reseed("rollout", number, self.global_rank)
         samples = self.respond(prompts, number)
+        texts = self.response_texts(samples)
         sequences, mask = samples.sequences, samples.sequences.mask
         sampled = time.perf_counter()
 
         comparison = self._score_pass(sequences, prompts.micro_batch_tokens)
-        scores = self._scores(prompts, samples)
+        scores = self._scores(prompts, samples, texts)
         penalty = self._penalty(comparison)
         rewards = self._token_rewards(scores.shaped, penalty, mask)
         estimate = self.estimate(prompts, sequences, rewards)
@@ -203,13 +204,12 @@ class OnPolicy(WritingAlgorithm):
             self.kl_coefficient,
             prompts.micro_batch_tokens,
         )
-        texts = self.response_texts(samples)
         record = RolloutRecord(prompts, samples, comparison, scores, penalty, rewards, experience, texts)
         seconds = sampled - started, time.perf_counter() - sampled
         self._rollout_metrics = {**self._sum_up(record, *seconds), **estimate.metrics}
         if self.on_rollout:
             self.on_rollout(number, record)
-        self._move_beta(float(self._rollout_metrics["objective/kl"]), len(prompts))
+        self.move_beta(float(self._rollout_metrics["objective/kl"]), len(prompts))
         self.rollout_spent = False
         return experience
 
@@ -222,19 +222,24 @@ class OnPolicy(WritingAlgorithm):
             comparison.put(rows, compare_with_reference(self.roles, part, self.sampling.temperature))
         return comparison
 
-    def _raw_scores(self, prompts: PromptBatch, samples: Samples) -> Tensor:
-        """[rows] scores of the responses, as the reward source returns them."""
-        return self.reward(
-            samples.sequences,
-            list(prompts.texts),
-            self.response_texts(samples),
-            list(prompts.rows),
-            SCORING_BUDGET * prompts.micro_batch_tokens,
-        )
+    def raw_scores(self, prompts: PromptBatch, samples: Samples, texts: list[str]) -> Tensor:
+        """[rows] scores of the responses and their texts, as the reward source returns them."""
+        budget = SCORING_BUDGET * prompts.micro_batch_tokens
+        return self.reward(samples.sequences, list(prompts.texts), texts, list(prompts.rows), budget)
 
-    def _scores(self, prompts: PromptBatch, samples: Samples) -> Scores:
-        """Scores of a rollout, which the running moments take in first."""
-        raw = self._raw_scores(prompts, samples)
+    def _scores(self, prompts: PromptBatch, samples: Samples, texts: list[str]) -> Scores:
+        """Scores of a rollout, which the running moments take in first.
+
+        Raises:
+            UserError: one is NaN or infinite, which would stay in the moments and the weights for good.
+        """
+        raw = self.raw_scores(prompts, samples, texts)
+        if not bool(raw.isfinite().all()):
+            row = int((~raw.isfinite()).nonzero()[0])
+            raise UserError(
+                f"reward: row {row}, the response {shown(texts[row])}, has the score {float(raw[row])}; the reward "
+                "model is broken, or too wide for its dtype"
+            )
         self.score_moments.update(raw, self.sum_over_ranks)
         return Scores(raw, self.shaping(raw, samples.ended, self.score_moments), dict(self.reward.parts))
 
@@ -255,7 +260,7 @@ class OnPolicy(WritingAlgorithm):
         rewards[torch.arange(len(rewards), device=mask.device), last] += scores
         return torch.where(mask, rewards, torch.zeros_like(rewards))
 
-    def _move_beta(self, kl: float, rows: int) -> None:
+    def move_beta(self, kl: float, rows: int) -> None:
         """The controller's step, once per rollout and after it."""
         episodes = int(self.sum_over_ranks(torch.tensor(float(rows), device=self.device)))
         after = self.kl.next_beta(self.kl_coefficient, kl, episodes)
@@ -353,7 +358,7 @@ class OnPolicy(WritingAlgorithm):
         comparison = self._score_pass(samples.sequences, batch.micro_batch_tokens)
         mask = samples.sequences.mask
         means = {
-            "scores": self._raw_scores(batch, samples).mean(),
+            "scores": self.raw_scores(batch, samples, self.response_texts(samples)).mean(),
             "kl": row_sums(comparison.logratio, mask).mean(),
             "kl_exact": row_sums(comparison.exact_kl, mask).mean(),
             "length": mask.sum(-1).float().mean(),
@@ -363,8 +368,8 @@ class OnPolicy(WritingAlgorithm):
 
     def completions(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         samples = self.respond(prompts)
-        scores = self._raw_scores(prompts, samples).tolist()
         records = self.records_of(prompts, samples)
+        scores = self.raw_scores(prompts, samples, [record["response"] for record in records]).tolist()
         return [{**record, "score": score} for record, score in zip(records, scores, strict=True)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -98,6 +98,11 @@ class PPO(OnPolicy):
 
     # Experience
 
+    def move_beta(self, kl: float, rows: int) -> None:
+        """As ever, but not while the critic warms up: a policy that stands still has no KL to steer by."""
+        if not self.warming_up:
+            super().move_beta(kl, rows)
+
     def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor) -> Estimate:
         """Generalised advantages over the critic's values."""
         mask, values = sequences.mask, torch.zeros_like(rewards)

@@ -39,7 +39,8 @@ class ClippedPolicyLoss:
         dual_clip: c > 1; where A < 0 the loss is at most −cA, so that one token that became likely cannot outweigh the
             batch (Ye et al. 2020, arXiv 1912.09729, Eq. 5, c = 3). null leaves it out.
         ratio: `token`: ρ_t of each token; `sequence`: the geometric mean of a response's ρ_t for all of its tokens
-            (GSPO, Zheng et al. 2025, arXiv 2507.18071, Eq. 7).
+            (GSPO, Zheng et al. 2025, arXiv 2507.18071, Eq. 7). Made for advantages that a response's tokens share, as
+            in RLOO and GRPO: in PPO each token's gradient then carries the mean of the response's advantages.
         importance_cap: c of truncated importance sampling, for a sampler that differs from the training forward
             (another dtype, another engine): each token's loss is weighted by min(π_old/π_sampler, c) (Yao et al. 2025,
             "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; c = 2). null leaves it out.

@@ -37,7 +37,8 @@ class Critic:
         trunk: no separate critic but a head on the policy's hidden states; the two losses then share gradients, and
             `init` must be `policy`.
         learning_rate: peak learning rate of the critic (on the policy's trunk: of its head); null is the policy's.
-        warmup: optimizer steps at the start of the run that train the critic alone (on the policy's trunk: its head).
+        warmup: optimizer steps at the start of the run that train the critic alone (on the policy's trunk: its head);
+            an adaptive β stands still meanwhile.
     """
 
     init: Literal["reward", "policy"] = "reward"
@@ -205,11 +206,17 @@ class Roles(nn.Module):
 
     def _copy_adapter(self, name: str, trainable: bool) -> None:
         """A new adapter with the policy's present weights, under its own name."""
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict
 
         weights = get_peft_model_state_dict(self.policy, adapter_name="default")
+        self._add_adapter(name, copy.deepcopy(self.policy.peft_config["default"]), weights, trainable)
+
+    def _add_adapter(self, name: str, config: Any, weights: dict[str, torch.Tensor], trainable: bool) -> None:
+        """Another adapter on the policy's base, which plays the role of its name."""
+        from peft import set_peft_model_state_dict
+
         requires = {key: parameter.requires_grad for key, parameter in self.policy.named_parameters()}
-        self.policy.add_adapter(name, copy.deepcopy(self.policy.peft_config["default"]))
+        self.policy.add_adapter(name, config)
         set_peft_model_state_dict(self.policy, weights, adapter_name=name)
         self._adapters[name] = name
         # add_adapter leaves only one adapter trainable; say for each what it is.
@@ -224,7 +231,7 @@ class Roles(nn.Module):
         """
         from os.path import realpath
 
-        from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+        from peft import PeftConfig, load_peft_weights
 
         config, ours = PeftConfig.from_pretrained(folder), self.policy.peft_config["default"]
         if recorded := Foundation.load(folder):
@@ -239,15 +246,8 @@ class Roles(nn.Module):
         score = [value for key, value in weights.items() if "score" in key]
         if not score:
             raise UserError(f"{field}: {folder} holds a language model's adapter, no reward model's")
-        requires = {key: parameter.requires_grad for key, parameter in self.policy.named_parameters()}
-        self.policy.add_adapter(name, config)
-        set_peft_model_state_dict(
-            self.policy, {key: value for key, value in weights.items() if "score" not in key}, adapter_name=name
-        )
-        # add_adapter leaves only one adapter trainable; say for each what it is.
-        for key, parameter in self.policy.named_parameters():
-            parameter.requires_grad_(requires.get(key, trainable))
-        self._adapters[name] = name
+        body = {key: value for key, value in weights.items() if "score" not in key}
+        self._add_adapter(name, config, body, trainable)
         head = scalar_head(score[0].shape[1])
         head.weight.data.copy_(score[0].to(torch.float32))
         head.bias.data.fill_(stored_bias(folder) or 0.0)

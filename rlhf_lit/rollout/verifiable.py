@@ -81,7 +81,26 @@ def _value(match: re.Match[str]) -> Decimal | None:
     return _DIVISION.divide(number, denominator) if denominator else None
 
 
-class NumberReward(RewardSource):
+class RuleReward(RewardSource):
+    """A source that judges each response by a rule."""
+
+    def judge(self, sequences: Sequences, responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+        """One number for each response; arguments as in ``RewardSource.forward``."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        sequences: Sequences,
+        prompts: list[str],
+        responses: list[str],
+        rows: list[dict[str, Any]],
+        budget: int,
+    ) -> Tensor:
+        scores = self.judge(sequences, responses, rows)
+        return score_tensor(scores, responses, sequences.tokens.device, f"reward: {type(self).__name__}")
+
+
+class NumberReward(RuleReward):
     """Whether the response ends in the number that its row names (see ``final_number``).
 
     Args:
@@ -98,18 +117,10 @@ class NumberReward(RewardSource):
         self.correct = correct
         self.wrong = wrong
 
-    def forward(
-        self,
-        sequences: Sequences,
-        prompts: list[str],
-        responses: list[str],
-        rows: list[dict[str, Any]],
-        budget: int,
-    ) -> Tensor:
+    def judge(self, sequences: Sequences, responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
         right = [self._answer(row, i) for i, row in enumerate(rows)]
         given = [final_number(response) for response in responses]
-        scores = [self.correct if a == b else self.wrong for a, b in zip(given, right, strict=True)]
-        return score_tensor(scores, responses, sequences.tokens.device, "reward: NumberReward")
+        return [self.correct if a == b else self.wrong for a, b in zip(given, right, strict=True)]
 
     def _answer(self, row: dict[str, Any], i: int) -> Decimal:
         """The right answer of row ``i``. Raises UserError where there is none."""
@@ -135,7 +146,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     raise UserError(f"reward.pattern: {pattern!r} is no regular expression: {problem}")
 
 
-class PatternReward(RewardSource):
+class PatternReward(RuleReward):
     """Whether a regular expression (Python's `re`) is found in the response.
 
     Args:
@@ -154,20 +165,12 @@ class PatternReward(RewardSource):
         self.unmatched = unmatched
         self.whole = whole
 
-    def forward(
-        self,
-        sequences: Sequences,
-        prompts: list[str],
-        responses: list[str],
-        rows: list[dict[str, Any]],
-        budget: int,
-    ) -> Tensor:
+    def judge(self, sequences: Sequences, responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
         find = self.pattern.fullmatch if self.whole else self.pattern.search
-        scores = [self.matched if find(response) else self.unmatched for response in responses]
-        return score_tensor(scores, responses, sequences.tokens.device, "reward: PatternReward")
+        return [self.matched if find(response) else self.unmatched for response in responses]
 
 
-class LengthReward(RewardSource):
+class LengthReward(RuleReward):
     """−per_unit · |length − target|, or −per_unit · max(0, length − target) where only the excess is penalised.
 
     Args:
@@ -198,17 +201,9 @@ class LengthReward(RewardSource):
         self.per_unit = per_unit
         self.penalise = penalise
 
-    def forward(
-        self,
-        sequences: Sequences,
-        prompts: list[str],
-        responses: list[str],
-        rows: list[dict[str, Any]],
-        budget: int,
-    ) -> Tensor:
+    def judge(self, sequences: Sequences, responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
         tokens = self.unit == "tokens"
         lengths = sequences.mask.sum(-1).tolist() if tokens else [len(response) for response in responses]
         beyond = [length - self.target for length in lengths]
         off = [abs(excess) if self.penalise == "both" else max(0, excess) for excess in beyond]
-        scores = [-self.per_unit * distance for distance in off]
-        return score_tensor(scores, responses, sequences.tokens.device, "reward: LengthReward")
+        return [-self.per_unit * distance for distance in off]

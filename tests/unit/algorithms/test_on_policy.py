@@ -13,12 +13,12 @@ from rlhf_lit.algorithms import GRPO, PPO, RLOO
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import ExperienceBatch
 from rlhf_lit.errors import UserError
-from rlhf_lit.losses.kl import FixedKL
+from rlhf_lit.losses.kl import AdaptiveKL, FixedKL
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.models.loading import Base, LoRA
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.rollout.engine import Sampling
-from rlhf_lit.rollout.rewards import MissingEOS, RewardFromFunction
+from rlhf_lit.rollout.rewards import MissingEOS, RewardFromFunction, RewardSource
 from rlhf_lit.rollout.shaping import Shaping
 
 PROMPTS, SAMPLES = 4, 3
@@ -142,6 +142,26 @@ def test_the_moments_travel_in_the_checkpoint(llama: str) -> None:
     other.on_load_checkpoint(checkpoint)
     assert other.score_moments == module.score_moments
     assert other.score_moments.count == PROMPTS * SAMPLES
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_model_whose_scores_are_no_numbers_ends_the_run(llama: str, bad: float) -> None:
+    """Functions are checked as they answer; a model's NaN would stay in the running moments for good."""
+    module = moved(RLOO, llama, reward=Broken(bad))
+    with pytest.raises(UserError, match=rf"reward: row 2, the response '.*', has the score {bad}"):
+        module.rollout(groups(), 0)
+    assert module.score_moments.count == 0
+
+
+class Broken(RewardSource):
+    """A source whose third score is no number."""
+
+    def __init__(self, bad: float) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def forward(self, sequences: Any, *rest: Any) -> torch.Tensor:
+        return torch.tensor([1.0, 2.0, self.bad] + [0.5] * (len(sequences) - 3))
 
 
 # --- the policy's loss -----------------------------------------------------------------------------------------------
@@ -287,6 +307,14 @@ def test_warming_up_moves_the_critic_alone(llama: str, tmp_path: Path, lora: LoR
             # The policy's moments and step counts have not begun either.
             states = module.optimizers().optimizer.state  # type: ignore[union-attr]
             assert len(states) == len(module.roles.critic_parameters())
+
+
+def test_an_adaptive_beta_stands_still_while_the_critic_warms_up(llama: str, tmp_path: Path) -> None:
+    """KL is 0 there, so it would only ever shrink."""
+    for warmup, moves in ((3, False), (0, True)):
+        module = small_ppo(llama, kl=AdaptiveKL(0.2, horizon=100.0), critic=Critic(init="policy", warmup=warmup))
+        fit(module, tmp_path, 3)  # one rollout
+        assert (module.kl_coefficient != 0.2) == moves
 
 
 def test_the_critic_has_a_learning_rate_of_its_own(llama: str, tmp_path: Path) -> None:
