@@ -12,9 +12,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("losses and accuracies on the validation rows", "rlhf_lit.cli:main"),
     "test": ("the same on the test rows", "rlhf_lit.cli:main"),
     "predict": ("completions, or a reward model's scores, to predictions.jsonl", "rlhf_lit.cli:main"),
-    "memory": ("what a configuration needs, and the largest micro-batch that fits", "rlhf_lit.memory:main"),
+    "memory": ("what a configuration needs, and the largest micro-batch that fits", "rlhf_lit.memory.command:main"),
     "chat": ("talk to a model in the terminal", "rlhf_lit.chat:main"),
-    "export": ("write a trained model for plain transformers or peft, merged or as an adapter", "rlhf_lit.export:main"),
+    "export": (
+        "write a trained model for plain transformers or peft, merged or as an adapter",
+        "rlhf_lit.export.command:main",
+    ),
     "playground": ("make preference pairs in the built-in world from a model's own samples", "rlhf_lit.pairs:main"),
     "quickstart": (
         "SFT, reward model, PPO and DPO in the built-in world, with a scoreboard",

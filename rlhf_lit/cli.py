@@ -40,7 +40,7 @@ from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.preference import PreferenceLoss
-from rlhf_lit.preflight import Preflight
+from rlhf_lit.preflight.callback import Preflight
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # for PPO a sanity check would sample before the first step

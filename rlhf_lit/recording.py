@@ -262,7 +262,7 @@ class HFExport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Not reached when training was interrupted by an exception."""
         if trainer.is_global_zero and not _trial(trainer):
-            from rlhf_lit.export import save_hf
+            from rlhf_lit.export.saving import save_hf
 
             assert isinstance(pl_module, Algorithm)
             save_hf(pl_module, Path(trainer.default_root_dir, EXPORT))

@@ -32,7 +32,7 @@ from rlhf_lit.algorithms import DPO, PPO, RewardModel
 from rlhf_lit.algorithms import on_policy as on_policy_file
 from rlhf_lit.algorithms import ppo as ppo_file
 from rlhf_lit.batches import PreferenceBatch, Sequences
-from rlhf_lit.export import save_hf
+from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import Estimator, FixedKL, estimate_kl
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss, RobustDPOLoss

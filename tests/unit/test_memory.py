@@ -22,7 +22,10 @@ from rlhf_lit.batches import ExperienceBatch, PromptBatch
 from rlhf_lit.data.batching import RolloutLoader
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule
 from rlhf_lit.losses.preference import DPOLoss
-from rlhf_lit.memory import Bench, Held, LiveBytes, Machine, Measurement, Shape, WorstCase, worst_shapes
+from rlhf_lit.memory.bench import Bench, Machine
+from rlhf_lit.memory.gauges import LiveBytes
+from rlhf_lit.memory.measurement import Held, Measurement
+from rlhf_lit.memory.worst_case import Shape, WorstCase, worst_shapes
 from rlhf_lit.models import logprobs
 from rlhf_lit.models.loading import Base, LoRA
 from rlhf_lit.rollout.engine import Sampling

@@ -28,7 +28,9 @@ from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss
 from rlhf_lit.models.loading import PLAYGROUND, Base, LoRA, load_tokenizer
 from rlhf_lit.models.roles import Critic
-from rlhf_lit.preflight import ANSWER_TOKENS, Check, Preflight, checks, merged, one_bos, show
+from rlhf_lit.preflight.callback import ANSWER_TOKENS, Preflight, checks, merged
+from rlhf_lit.preflight.check import Check, show
+from rlhf_lit.preflight.tokens import one_bos
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel
 
@@ -671,7 +673,7 @@ def test_under_autocast_the_tolerance_is_that_of_bfloat16(
 
 def test_a_policy_that_nothing_moves_is_no_verdict(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     module, data = ready(*dpo(place))
-    monkeypatch.setattr("rlhf_lit.preflight._lever", lambda roles: nn.Parameter(torch.zeros(3)))
+    monkeypatch.setattr("rlhf_lit.preflight.models._lever", lambda roles: nn.Parameter(torch.zeros(3)))
     every = found(module, data)
     assert (caught(every), caught(every, "skipped")) == (set(), {"reference"})
 

@@ -17,10 +17,11 @@ from rlhf_lit.algorithms import DPO, PPO, SFT, RewardModel
 from rlhf_lit.algorithms.base import Algorithm, Optimizer
 from rlhf_lit.cli import hush
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule, TextDataModule
-from rlhf_lit.export import save_hf
+from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss
-from rlhf_lit.memory import Bench, Machine, Measurement
+from rlhf_lit.memory.bench import Bench, Machine
+from rlhf_lit.memory.measurement import Measurement
 from rlhf_lit.models.loading import PLAYGROUND, Base, LoRA, Quantization
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.rollout.engine import Sampling

@@ -13,7 +13,7 @@ from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation import scoreboard as board
 from rlhf_lit.evaluation.sampling import SCORING_TOKENS, draw
 from rlhf_lit.evaluation.scoreboard import BEST_OF, Estimate, as_json, exact_kl_per_response, scoreboard
-from rlhf_lit.export import save_hf
+from rlhf_lit.export.saving import save_hf
 from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import score_sequences

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_lit.algorithms import SFT, RewardModel
 from rlhf_lit.errors import UserError
-from rlhf_lit.export import save_hf
+from rlhf_lit.export.saving import save_hf
 from rlhf_lit.models.loading import Base, LoRA, load_causal_lm, load_scorer, unwrapped
 from rlhf_lit.rollout.rewards import RewardFromModel
 

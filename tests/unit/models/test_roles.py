@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_lit.algorithms import DPO, SFT, RewardModel
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.errors import UserError
-from rlhf_lit.export import save_hf
+from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm

@@ -1,0 +1,77 @@
+"""Writing a model, or its adapter, and its tokenizer into a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.reward_model import RewardModel
+from rlhf_lit.models.heads import reward_bias
+from rlhf_lit.models.loading import unwrapped
+
+
+def save_hf(module: Algorithm, folder: Path) -> None:
+    """Write the trained model and its tokenizer to ``folder``.
+
+    A policy is saved as a causal language model, a reward model as a sequence classifier with one label; with LoRA, the
+    adapter alone, which names its base. A reward model's folder also holds ``reward.json``: the constant that this
+    package adds to the classifier's logit (transformers' own ``score`` layer has none).
+    """
+    if isinstance(module, RewardModel):
+        write_model(module.scorer, module.tokenizer, folder, scorer=True)
+    else:
+        policy: Any = module.roles.policy  # type: ignore[union-attr]
+        write_model(policy, module.tokenizer, folder, scorer=False)
+
+
+def write_model(model: nn.Module, tokenizer: Any, folder: Path, scorer: bool) -> None:
+    """Write a model, or its adapter where it has one, and its tokenizer.
+
+    Args:
+        model: a transformers model, or one inside peft's wrapper.
+        tokenizer: a reward model's gets a pad token that is not EOS.
+        folder: where to.
+        scorer: a sequence classifier, whose folder gets ``reward.json``.
+    """
+    if scorer:
+        inner = unwrapped(model)
+        # transformers finds the last token of a row by its pad id, which therefore must not be EOS.
+        pad = _pad_token(tokenizer)
+        tokenizer.pad_token = pad
+        inner.config.pad_token_id = tokenizer.convert_tokens_to_ids(pad)
+        _save(model, folder, "default")
+        (folder / "reward.json").write_text(
+            json.dumps({"bias": reward_bias(inner), "pad_token_id": inner.config.pad_token_id}) + "\n"
+        )
+    else:
+        _save(model, folder, "default")
+    tokenizer.save_pretrained(folder)
+
+
+def _save(model: Any, folder: Path, adapter: str) -> None:
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        # peft puts the name that the base was loaded by, which may be a path relative to where that was.
+        model.peft_config[adapter].base_model_name_or_path = model.foundation.name
+        model.save_pretrained(folder, selected_adapters=[adapter])
+        model.foundation.save(folder)
+    else:
+        model.save_pretrained(folder)
+
+
+def _pad_token(tokenizer: Any) -> str:
+    """A token to pad with that is not EOS."""
+    eos = tokenizer.eos_token
+    named = [getattr(tokenizer, name) for name in ("pad_token", "unk_token", "bos_token")]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spare = [token for token in (*named, *special) if token not in (None, eos)]
+    # Becoming the pad token makes a token special, and its spelling is then split off wherever a text holds it: "!"
+    # would change how most texts are cut. No text holds the spelling of a word with its space ("Ġword").
+    regular = sorted(tokenizer.get_vocab().items(), key=lambda entry: -entry[1])
+    spaced = [token for token, _ in regular if token.startswith(("Ġ", "▁"))]
+    return str((*spare, *spaced, *(token for token, _ in regular if token != eos))[0])

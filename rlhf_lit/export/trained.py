@@ -1,0 +1,187 @@
+"""A trained model as a run left it: what it is, on which base it stands, and how it is loaded and merged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from torch import nn
+
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.foundation import Foundation
+from rlhf_lit.models.loading import Base, Dtype, load_causal_lm, load_scorer, stored_bias, unwrapped
+from rlhf_lit.runs import EXPORT, resolve_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model in its folder, and the run that left it there.
+
+    Attributes:
+        name: as the user named it.
+        folder: the model's or the adapter's.
+        run: the run's folder; None where the model stands alone.
+        trust_remote_code: run model code that comes with the weights.
+    """
+
+    name: str
+    folder: Path
+    run: Path | None
+    trust_remote_code: bool
+
+    @classmethod
+    def find(cls, name: str, trust_remote_code: bool) -> Trained:
+        """What ``resolve_model`` understands, as long as it is a folder.
+
+        Raises:
+            UserError: there is no such folder, it holds no model, or its adapter's base is gone.
+        """
+        folder = Path(resolve_model(name))
+        if not folder.is_dir():
+            raise UserError(f"{name}: no such run, and no folder with a model or an adapter")
+        run = folder.parent if folder.name == EXPORT and (folder.parent / "config.yaml").is_file() else None
+        found = cls(name, folder, run, trust_remote_code)
+        if found.base_name is not None:
+            try:
+                resolve_model(found.base_name)
+            except UserError as error:
+                raise UserError(f"{name}: the base of its adapter is gone: {error}") from None
+        return found
+
+    @cached_property
+    def adapter(self) -> dict[str, Any] | None:
+        """The adapter's configuration; None where the folder holds a whole model."""
+        file = self.folder / "adapter_config.json"
+        return cast("dict[str, Any]", json.loads(file.read_text())) if file.is_file() else None
+
+    @cached_property
+    def foundation(self) -> Foundation | None:
+        """What the adapter was trained on; None for a whole model, and for adapters of other tools."""
+        return Foundation.load(str(self.folder)) if self.adapter else None
+
+    @property
+    def base_name(self) -> str | None:
+        """The adapter's base, a folder by its absolute path; None for a whole model."""
+        if self.adapter is None:
+            return None
+        return self.foundation.name if self.foundation else str(self.adapter["base_model_name_or_path"])
+
+    @property
+    def quantized(self) -> bool:
+        """Whether an adapter was trained on 4-bit weights."""
+        return self.foundation is not None and self.foundation.quantization is not None
+
+    @cached_property
+    def scorer(self) -> bool:
+        """Whether it is a reward model."""
+        if self.adapter:
+            return bool(self.adapter.get("task_type") == "SEQ_CLS")
+        architectures = json.loads((self.folder / "config.json").read_text()).get("architectures") or [""]
+        return str(architectures[0]).endswith("ForSequenceClassification")
+
+    @cached_property
+    def config_file(self) -> Path | None:
+        """The run's resolved configuration: the last one, where it was resumed."""
+        if self.run is None:
+            return None
+        resumed = sorted(self.run.glob("config_resumed_*.yaml"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+        return [self.run / "config.yaml", *resumed][-1]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The ``model`` section of the run's configuration; empty where there is no run."""
+        if self.config_file is None:
+            return {}
+        return cast("dict[str, Any]", yaml.safe_load(self.config_file.read_text(encoding="utf-8"))["model"])
+
+    @cached_property
+    def base(self) -> Base:
+        """The adapter's base in full precision (for a whole model: itself), in the width it is stored in."""
+        from transformers import AutoConfig
+
+        name = self.base_name or str(self.folder)
+        run = self.config.get("init_args", {}).get("base", {})
+        base = Base(name, revision=run.get("revision"), trust_remote_code=self.trust_remote_code)
+        try:
+            config = AutoConfig.from_pretrained(name, revision=base.revision, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.name}: its base {name!r} could not be read: {first_line(error)}") from None
+        dtype = getattr(config, "dtype", None) or torch.float32  # configs of old name none: their weights are float32
+        return replace(base, dtype=_dtype_name(dtype))
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model as it was trained: an adapter on its base, in 4 bits where that was, in the run's width.
+
+        Args:
+            folder: the trained model's, or that of a copy.
+
+        Raises:
+            UserError: it cannot be loaded, or the base is not the one the adapter was trained on.
+        """
+        dtype = self.config.get("init_args", {}).get("base", {}).get("dtype") if self.adapter else None
+        base = replace(self.base, name=str(folder), dtype=dtype or self.base.dtype)
+        return on_device(load_scorer(base, trained=True) if self.scorer else load_causal_lm(base))
+
+    def merged(self, dtype: Dtype, dequantized: nn.Module | None) -> nn.Module:
+        """The adapter in whole weights.
+
+        Args:
+            dtype: of the result. The sum is made in the wider of it and the base's own.
+            dequantized: the model as it was trained, whose 4-bit weights take the base's place; None: the base itself.
+        """
+        from peft import PeftModel
+
+        wide = torch.promote_types(getattr(torch, self.base.dtype), getattr(torch, dtype))
+        base = replace(self.base, dtype=_dtype_name(wide))
+        model = load_scorer(base) if self.scorer else load_causal_lm(base)
+        if dequantized is not None:
+            _put_dequantized(dequantized, model)
+        wrapped = PeftModel.from_pretrained(model, str(self.folder))
+        _untie(wrapped)
+        whole = wrapped.merge_and_unload()
+        if self.scorer:
+            whole.config.reward_bias = stored_bias(str(self.folder)) or 0.0
+        return cast("nn.Module", whole.to(getattr(torch, dtype)))
+
+
+def _dtype_name(dtype: torch.dtype) -> Dtype:
+    return cast("Dtype", str(dtype).removeprefix("torch."))
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def _put_dequantized(source: nn.Module, target: nn.Module) -> None:
+    """Replace weights by what the 4-bit ones of ``source`` stand for in its forward pass."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    places = dict(target.named_parameters())
+    for name, weight in unwrapped(source).named_parameters():
+        if state := getattr(weight, "quant_state", None):
+            places[name.replace(".base_layer", "")].copy_(dequantize_4bit(weight.data, state))
+
+
+def _untie(wrapped: Any) -> None:
+    """Give the LM head weights of its own where an adapter changes them, or the embeddings that they are tied to.
+
+    Such an adapter acts on one use of the shared weights alone; merged into both it would be another model.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inner = wrapped.get_base_model()
+    head, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
+    if inner.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in (head, embeddings)):
+        layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        inner.config.tie_word_embeddings = False
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

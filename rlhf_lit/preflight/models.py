@@ -1,0 +1,264 @@
+"""What the models make of a handful of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.dpo import DPO
+from rlhf_lit.algorithms.on_policy import OnPolicy
+from rlhf_lit.algorithms.reward_model import RewardModel
+from rlhf_lit.algorithms.sft import SFT
+from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch, cut_by_tokens
+from rlhf_lit.losses.reductions import row_sums
+from rlhf_lit.models.comparison import Comparison
+from rlhf_lit.models.loading import context_length, unwrapped
+from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.models.roles import Roles
+from rlhf_lit.preflight.check import Check, and_more, judge, tolerance_of
+
+EXTRA_COLUMNS = 8  # padding added to see whether it changes anything
+
+
+def trainable_parameters(module: Algorithm) -> Check:
+    """With LoRA adapters and heads train and nothing else, without it the whole policy; never reference or reward."""
+    lora = any(_is_adapter(name) for name, _ in module.named_parameters())
+    wrong = [
+        f"{name} {'trains' if parameter.requires_grad else 'is frozen'}"
+        for name, parameter in module.named_parameters()
+        if _should_train(name, lora) not in (None, parameter.requires_grad)
+    ]
+    number = sum(parameter.numel() for parameter in module.trainable_parameters())
+    return judge(
+        "trainable parameters",
+        number > 0 and not wrong,
+        f"{number:,}" + (" in adapters and heads" if lora else "") + (f"; {and_more(wrong)}" if wrong else ""),
+        "something changed requires_grad after the models were built (a callback, peft's set_adapter); leave it to "
+        "model.base.lora",
+    )
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _should_train(name: str, lora: bool) -> bool | None:
+    """Whether a parameter is to train; None for a part that a user's own algorithm brought."""
+    if name.startswith(("reward.", "roles.models.reference.", "roles.heads.reward")):
+        return False
+    if name.startswith(("roles.heads.", "roles.models.value.")):
+        return True
+    if name.startswith(("roles.models.policy.", "scorer.")):
+        parts = name.split(".")
+        added = _is_adapter(name) or "modules_to_save" in parts
+        frozen = any(part.startswith(("reference", "reward")) for part in parts)
+        return not lora or (added and not frozen)
+    return None
+
+
+Measure = Callable[[Sequences], list[Tensor]]
+"""What a model says of each row: [tokens] log-probs, or [1] score."""
+
+
+def padding(
+    measure: Measure, distance: Callable[[Tensor, Tensor], float], sequences: Sequences, budget: int, model: nn.Module
+) -> Check:
+    """A row alone = the same row in a batch, padded, with more padding on the right.
+
+    Args:
+        measure: what to compare.
+        distance: between what two passes say of a row.
+        sequences: the rows.
+        budget: padded tokens that may go through the device at once.
+        model: whose dtype and context set the limits.
+    """
+    context = context_length(model)
+    worst = 0.0
+    for rows in cut_by_tokens(sequences.lengths.cpu(), budget):
+        part = sequences.select(rows)
+        room = EXTRA_COLUMNS if context is None else min(EXTRA_COLUMNS, context - part.tokens.shape[1])
+        together = measure(_widened(part, max(0, room)))
+        for row, in_batch in zip(rows, together, strict=True):
+            (alone,) = measure(sequences.select(row[None]))
+            worst = worse(worst, distance(alone, in_batch))
+    limit = tolerance_of(model).reshaped
+    return judge(
+        "padding",
+        worst <= limit,
+        f"alone and in a padded batch {worst:.1g} apart, {limit:g} allowed",
+        "the model sees the padding or the other rows: try another model.base.attention, or another model",
+    )
+
+
+def _widened(sequences: Sequences, extra: int) -> Sequences:
+    """The same rows with more columns, filled with a real token: nothing may ask what stands there."""
+    tokens = nn.functional.pad(sequences.tokens, (0, extra), value=int(sequences.tokens[0, 0]))
+    return Sequences(tokens, sequences.lengths, nn.functional.pad(sequences.mask, (0, extra)))
+
+
+def absolute(a: Tensor, b: Tensor) -> float:
+    """Mean |a − b| of log-probs, in nats per token."""
+    return float((a - b).abs().mean())
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest |a − b| of scores, relative where |b| is above 1."""
+    return largest((a - b).abs() / b.abs().clamp(min=1))
+
+
+def worse(a: float, b: float) -> float:
+    """The larger; a number that is none is the worst of all."""
+    return math.inf if math.isnan(b) else max(a, b)
+
+
+def logprobs_of(roles: Roles) -> Measure:
+    def measure(sequences: Sequences) -> list[Tensor]:
+        with roles.acting("policy") as model:
+            logprobs = token_logprobs(model, sequences)
+        return [row[mask] for row, mask in zip(logprobs, sequences.mask, strict=True)]
+
+    return measure
+
+
+def scores_of(module: RewardModel) -> Measure:
+    return lambda sequences: list(module.scores(sequences).split(1))
+
+
+def starting_loss(module: SFT, batch: SupervisedBatch) -> Check:
+    """Finite; far above ln(vocabulary), a uniform guess's, weights and tokenizer hardly belong together."""
+    loss = _loss(module, batch)
+    uniform = math.log(unwrapped(module.roles.policy).config.get_text_config().vocab_size)
+    found = f"{loss:.4g} nats per token, a uniform guess {uniform:.4g}"
+    if not math.isfinite(loss):
+        return Check("starting loss", "failed", found, "the weights are broken, or too wide for model.base.dtype")
+    if loss > uniform + 1:  # random weights lie above it too, by half the variance of their logits
+        return Check("starting loss", "warning", found, "do weights and tokenizer belong together?")
+    return Check("starting loss", "ok", found)
+
+
+def preference_loss(module: DPO, batch: PreferenceBatch) -> Check:
+    """The loss at the value it is known to have while policy = reference."""
+    loss, known = _loss(module, batch), module.loss.value_at_start()
+    name = type(module.loss).__name__
+    if known is None:
+        return Check("loss at step 0", "skipped", f"{loss:.6g}; {name} states no value_at_start")
+    limit = tolerance_of(module.roles).same * max(1.0, abs(known))
+    return judge(
+        "loss at step 0",
+        abs(loss - known) <= limit,
+        f"{loss:.6g}, {name} starts at {known:.6g}",
+        "policy and reference differ, or the loss computes something else; a loss of your own says in value_at_start "
+        "where it starts (None: not known)",
+    )
+
+
+def _loss(module: Algorithm, batch: Any) -> float:
+    units = module.units(batch)
+    return sum(float(share.loss) for part in batch.micro_batches() for share in module.shares(part, units))
+
+
+def no_distance(comparison: Comparison, mask: Tensor, limit: float) -> Check:
+    """KL(π‖π₀) = 0 on real tokens before the first step, exactly and by its estimate."""
+    tokens = mask.sum(-1)
+    ratio = largest(row_sums(comparison.logratio.abs(), mask) / tokens)
+    exact = largest(row_sums(comparison.exact_kl, mask).abs() / tokens)
+    return judge(
+        "KL = 0",
+        max(ratio, exact) <= limit,
+        f"{exact:.1g} nats per token, log-ratio {ratio:.1g}; {limit:g} allowed",
+        "the reference is another model than the policy starts from, or they run in different modes (dropout, dtype)",
+    )
+
+
+def largest(values: Tensor) -> float:
+    value = float(values.max())
+    return math.inf if math.isnan(value) else value
+
+
+def reference_stays(roles: Roles, before: Comparison, compare: Callable[[], Comparison], mask: Tensor) -> Check:
+    """Move the policy a little: the reference must not move with it. The policy is put back to the bit.
+
+    Policy = reference at step 0 cannot tell a reference from the policy under another name.
+
+    Args:
+        roles: a policy with a reference.
+        before: the two on some sequences.
+        compare: the same again, when it is called.
+        mask: of those sequences.
+    """
+    if not roles.shared:
+        kind = "a frozen copy"
+    elif any(".reference." in name for name, _ in roles.policy.named_parameters()):
+        kind = "a frozen adapter"
+    else:
+        kind = "adapters off"
+    parameter = _lever(roles)
+    if parameter is None:
+        return Check("reference", "skipped", f"{kind}; nothing of the policy trains")
+    with _moved(parameter):
+        after = compare()
+    policy, reference = (
+        largest(row_sums((getattr(after, side) - getattr(before, side)).abs(), mask) / mask.sum(-1))
+        for side in ("policy", "reference")
+    )
+    limit = tolerance_of(roles).same
+    if policy <= limit:
+        return Check("reference", "skipped", f"{kind}; no weight was found that moves the policy")
+    return judge(
+        "reference",
+        reference <= limit,
+        f"{kind}; when the policy moves by {policy:.1g} nats per token, it moves by {reference:.1g}",
+        "the reference shares weights or an adapter with the policy, so nothing would hold the policy back",
+    )
+
+
+def _lever(roles: Roles) -> nn.Parameter | None:
+    """A small trainable weight that every log-prob depends on: the last adapter, or the last norm."""
+    found = [
+        parameter
+        for name, parameter in roles.policy.named_parameters()
+        if parameter.requires_grad and (".lora_B.default" in name if roles.shared else parameter.dim() == 1)
+    ]
+    return found[-1] if found else None
+
+
+@contextmanager
+def _moved(parameter: nn.Parameter) -> Iterator[None]:
+    before = parameter.detach().clone()
+    parameter.add_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).to(parameter))
+    try:
+        yield
+    finally:
+        parameter.copy_(before)
+
+
+def ratio_one(module: OnPolicy, sequences: Sequences, old: Tensor, budget: int) -> Check:
+    """The forward of an update, gradients on, gives the log-probs that the rollout stored: ρ = 1, nothing clipped.
+
+    Args:
+        module: the algorithm.
+        sequences: sampled responses.
+        old: [rows, time] their log-probs from the score pass.
+        budget: padded tokens of a training micro-batch.
+    """
+    worst = 0.0
+    for rows in cut_by_tokens(sequences.lengths.cpu(), budget):
+        rows = rows.to(old.device)
+        part = sequences.select(rows)
+        with torch.enable_grad(), module.roles.acting("policy") as model:
+            new = token_logprobs(model, part, module.sampling.temperature).detach()
+        logratio = (new - old[rows, : new.shape[1]]).abs()
+        worst = worse(worst, largest(row_sums(logratio, part.mask) / part.mask.sum(-1)))
+    limit = tolerance_of(module.roles.policy).reshaped
+    return judge(
+        "ratio = 1",
+        worst <= limit,
+        f"log-ratio {worst:.1g} per token between rollout and update, {limit:g} allowed",
+        "rollout and update compute different log-probs: dropout in training mode, or a model that sees its batch",
+    )
