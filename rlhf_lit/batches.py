@@ -77,6 +77,11 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, width - x.shape[1]))
 
 
+def _narrow(x: Tensor | None, sequences: Sequences) -> Tensor | None:
+    """[rows, time] cut to the width of the sequences it belongs to."""
+    return None if x is None else x[:, : sequences.tokens.shape[1]]
+
+
 @dataclass(frozen=True)
 class Sequences(Record):
     """Right-padded token sequences.
@@ -147,12 +152,25 @@ class PreferenceBatch(Record):
     Attributes:
         chosen, rejected: prompt + response each, mask on the response.
         margin: [pairs] how much better the chosen side was rated (0 where unknown).
+        reference_chosen, reference_rejected: [pairs, time] log π₀ of each response token, 0 off the mask, where they were
+            computed beforehand.
     """
 
     chosen: Sequences
     rejected: Sequences
     margin: Tensor
     micro_batch_tokens: int
+    reference_chosen: Tensor | None = None
+    reference_rejected: Tensor | None = None
+
+    def select(self, rows: Tensor) -> PreferenceBatch:
+        """The given rows, per-token tensors trimmed like the sequences they belong to."""
+        chosen = super().select(rows)
+        return replace(
+            chosen,
+            reference_chosen=_narrow(chosen.reference_chosen, chosen.chosen),
+            reference_rejected=_narrow(chosen.reference_rejected, chosen.rejected),
+        )
 
     def micro_batches(self) -> Iterator[PreferenceBatch]:
         """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens, both sides counted."""
