@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "write a trained model for plain transformers or peft, merged or as an adapter",
         "rlhf_lit.export.command:main",
     ),
+    "cache": ("what is cached (tokens, log-probs of references), and clearing it", "rlhf_lit.cache:main"),
     "playground": ("make preference pairs in the built-in world from a model's own samples", "rlhf_lit.pairs:main"),
     "quickstart": (
         "SFT, reward model, PPO and DPO in the built-in world, with a scoreboard",

@@ -20,6 +20,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "runs": ({"errors"}, set()),
     "losses": ({"batches"}, {"torch"}),
     "models": ({"batches", "errors", "losses", "runs"}, TEXT),
+    "reference_cache": (
+        {"batches", "errors", "models"},
+        {"torch", "numpy", "peft", "pyarrow", "xxhash", "filelock", "rich"},
+    ),
     "rollout": ({"batches", "errors", "losses", "models", "randomness"}, TEXT),
     "data": (
         {"batches", "errors", "randomness", "runs"},
@@ -37,7 +41,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "algorithms": (
-        {"batches", "errors", "losses", "models", "rollout", "randomness", "runs"},
+        {"batches", "errors", "losses", "models", "reference_cache", "rollout", "randomness", "runs"},
         TEXT | {"lightning", "torchmetrics"},
     ),
 }
