@@ -46,6 +46,32 @@ def cut_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
     return groups
 
 
+def cut_groups(lengths: Tensor, sizes: Tensor, budget: int) -> list[Tensor]:
+    """``cut_by_tokens`` for rows of several sequences each: (all sequences of a group) × (the longest) ≤ ``budget``.
+
+    Args:
+        lengths: [rows] the longest sequence of each row.
+        sizes: [rows] how many sequences it has.
+        budget: padded tokens per group; a single row that needs more forms a group of its own.
+
+    Returns:
+        Index tensors that partition ``range(rows)``.
+    """
+    if budget < 1:
+        raise ValueError(f"micro_batch_tokens must be at least 1, not {budget}")
+    order = torch.argsort(lengths, descending=True, stable=True)
+    groups: list[list[int]] = []
+    width = held = 0
+    for row in order.tolist():
+        size = int(sizes[row])
+        if not groups or (held + size) * width > budget:
+            groups.append([])
+            width, held = int(lengths[row]), 0
+        groups[-1].append(row)
+        held += size
+    return [torch.tensor(group, device=order.device) for group in groups]
+
+
 class Record:
     """A dataclass of tensors that knows how to move and to be cut by rows."""
 
@@ -146,14 +172,34 @@ class SupervisedBatch(Record):
 
 
 @dataclass(frozen=True)
+class Comparisons:
+    """Answers, each once, and which of them was preferred to which: what a reward model learns from.
+
+    Attributes:
+        answers: prompt + answer each, mask on the answer.
+        better, worse: [pairs] int64, the answers of each pair.
+        margin: [pairs] how much better the better one was rated (0 where unknown).
+        siblings: [pairs] int64, how many pairs the same prompt has.
+        best: [answers] bool, the answers that none to the same prompt was preferred to.
+    """
+
+    answers: Sequences
+    better: Tensor
+    worse: Tensor
+    margin: Tensor
+    siblings: Tensor
+    best: Tensor
+
+
+@dataclass(frozen=True)
 class PreferenceBatch(Record):
     """Preference pairs for one optimizer step; both sides of a pair stay in one micro-batch.
 
     Attributes:
         chosen, rejected: prompt + response each, mask on the response.
         margin: [pairs] how much better the chosen side was rated (0 where unknown).
-        reference_chosen, reference_rejected: [pairs, time] log π₀ of each response token, 0 off the mask, where they were
-            computed beforehand.
+        reference_chosen, reference_rejected: [pairs, time] log π₀ of each response token, 0 off the mask, where they
+            were computed beforehand.
     """
 
     chosen: Sequences
@@ -172,6 +218,29 @@ class PreferenceBatch(Record):
             reference_rejected=_narrow(chosen.reference_rejected, chosen.rejected),
         )
 
+    def sides(self) -> Sequences:
+        """All chosen rows, then all rejected ones: one forward serves both."""
+        return self.chosen.join(self.rejected)
+
+    def reference_sides(self) -> Tensor | None:
+        """The reference's log-probs of ``sides()``, [2·pairs, time], where they were computed beforehand."""
+        if self.reference_chosen is None or self.reference_rejected is None:
+            return None
+        width = max(self.chosen.tokens.shape[1], self.rejected.tokens.shape[1])
+        return torch.cat([_widen(self.reference_chosen, width), _widen(self.reference_rejected, width)])
+
+    def comparisons(self) -> Comparisons:
+        """One comparison for each pair: all chosen sides, then all rejected ones."""
+        chosen = torch.arange(len(self), device=self.margin.device)
+        return Comparisons(
+            self.sides(),
+            chosen,
+            chosen + len(self),
+            self.margin,
+            torch.ones_like(chosen),
+            torch.arange(2 * len(self), device=self.margin.device) < len(self),
+        )
+
     def micro_batches(self) -> Iterator[PreferenceBatch]:
         """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens, both sides counted."""
         cost = 2 * torch.maximum(self.chosen.lengths, self.rejected.lengths)
@@ -180,6 +249,103 @@ class PreferenceBatch(Record):
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+
+@dataclass(frozen=True)
+class UnpairedBatch(Record):
+    """Single responses, each judged good or bad, for one optimizer step.
+
+    Attributes:
+        sequences: prompt + response, mask on the response.
+        mismatched: the same prompts with the response of another row, mask on the response.
+        desirable: [rows] bool.
+        reference, reference_mismatched: [rows, time] log π₀ of each response token of either, 0 off the mask, where
+            they were computed beforehand.
+    """
+
+    sequences: Sequences
+    mismatched: Sequences
+    desirable: Tensor
+    micro_batch_tokens: int
+    reference: Tensor | None = None
+    reference_mismatched: Tensor | None = None
+
+    def select(self, rows: Tensor) -> UnpairedBatch:
+        """The given rows, per-token tensors trimmed like the sequences they belong to."""
+        chosen = super().select(rows)
+        return replace(
+            chosen,
+            reference=_narrow(chosen.reference, chosen.sequences),
+            reference_mismatched=_narrow(chosen.reference_mismatched, chosen.mismatched),
+        )
+
+    def micro_batches(self) -> Iterator[UnpairedBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens of ``sequences``."""
+        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True)
+class RankedBatch(Record):
+    """Prompts with several ranked answers each, for one optimizer step; a prompt's answers stay in one micro-batch.
+
+    Attributes:
+        answers: prompt + answer each, mask on the answer; those of one prompt stand together.
+        counts: [prompts] int64, how many answers each prompt has.
+        rank: [answers] int64, 0 for the best of its prompt; answers of the same rank are not compared.
+        rating: [answers] float32, differences of which are margins; 0 where there are ranks alone.
+    """
+
+    answers: Sequences
+    counts: Tensor
+    rank: Tensor
+    rating: Tensor
+    micro_batch_tokens: int
+
+    def select(self, rows: Tensor) -> RankedBatch:
+        """The given prompts with all of their answers, in the given order."""
+        rows = rows.to(self.counts.device)
+        start = self.counts.cumsum(0) - self.counts
+        places = [torch.arange(int(start[row]), int(start[row] + self.counts[row])) for row in rows.tolist()]
+        kept = (torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)).to(self.counts.device)
+        return replace(
+            self,
+            answers=self.answers.select(kept),
+            counts=self.counts[rows],
+            rank=self.rank[kept],
+            rating=self.rating[kept],
+        )
+
+    def prompt_of_answer(self) -> Tensor:
+        """[answers] the prompt's number in the batch."""
+        return torch.repeat_interleave(torch.arange(len(self), device=self.counts.device), self.counts)
+
+    def comparisons(self) -> Comparisons:
+        """Every two answers of a prompt that differ in rank."""
+        prompt = self.prompt_of_answer()
+        preferred = (prompt[:, None] == prompt[None]) & (self.rank[:, None] < self.rank[None])
+        better, worse = preferred.nonzero(as_tuple=True)
+        per_prompt = torch.bincount(prompt[better], minlength=len(self))
+        return Comparisons(
+            self.answers,
+            better,
+            worse,
+            self.rating[better] - self.rating[worse],
+            per_prompt[prompt[better]],
+            self.rank == 0,
+        )
+
+    def micro_batches(self) -> Iterator[RankedBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens, all answers of a prompt counted."""
+        longest = torch.tensor([int(x.max()) for x in self.answers.lengths.split(self.counts.tolist())])
+        for rows in cut_groups(longest, self.counts, self.micro_batch_tokens):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.counts)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,17 @@ How a run is carried out by default (progress bar, checkpoints, logs) is here; w
 
 from __future__ import annotations
 
+import ast
+import json
 import logging
 import os
 import pickle
+import signal
 import sys
 import traceback
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +26,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from rlhf_lit import recording, runs, tracking
 from rlhf_lit.algorithms.base import Algorithm
@@ -79,6 +82,7 @@ NOISE = (
     r"Total length of `list` across ranks is zero",  # no validation rows were asked for
     r"The number of training batches .* is smaller than the logging interval",
     r"Found \d+ module\(s\) in eval mode",  # DPO and PPO train without dropout, and frozen models stay in eval
+    r"You have overridden `on_before_batch_transfer`",  # the module adds the cached reference's log-probs there
     r"`is_gradient_checkpointing` is deprecated",  # asked by peft, not by us
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
@@ -93,6 +97,27 @@ class Parser(LightningArgumentParser):
             raise ArgumentError(None, message) from ex
         sys.stderr.write(f"error: {condense(message)}\n")
         sys.exit(2)
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:
+        """As jsonargparse's, but null survives in ``--model.optimizer.max_grad_norm=null``.
+
+        It reads an option's value as YAML, and hands that of a field's field down to a nested parser as Python prints
+        it: None, which is a text in YAML.
+        """
+        if not self.exit_on_error and args is not None:
+            args = [_as_yaml(word) for word in args]
+        return super().parse_args(args, *rest, **options)
+
+
+def _as_yaml(word: str) -> str:
+    """``--key=None`` as ``--key=null``, and likewise inside a list or a mapping; anything else as it is."""
+    flag, equals, value = word.partition("=")
+    if "None" not in value:
+        return word
+    try:
+        return f"{flag}{equals}{json.dumps(ast.literal_eval(value), ensure_ascii=False)}"
+    except (ValueError, SyntaxError, TypeError):
+        return word
 
 
 class RunCLI(LightningCLI):
@@ -198,6 +223,9 @@ class RunCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except SIGTERMException as stop:  # it has no status of its own: a run that was ended would pass for a whole one
+            print("terminated", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM) from stop
         except MisconfigurationException as error:
             raise UserError(_one_line(error)) from error
         except ValueError as error:
@@ -290,7 +318,7 @@ def hush() -> None:
     transformers_logging.disable_progress_bar()  # "Loading weights", for every model of a run
 
 
-def main(argv: list[str], command: type[RunCLI] = RunCLI) -> int:
+def main(argv: list[str], command: Callable[[list[str]], object] = RunCLI) -> int:
     """Run ``fit``, ``validate``, ``test`` or ``predict``, or what another command line makes of their options.
 
     Raises:

@@ -20,12 +20,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, SupervisedBatch
+from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, SupervisedBatch, UnpairedBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base, load_tokenizer
 from rlhf_lit.randomness import reseed
 
-Batch = SupervisedBatch | PreferenceBatch | ExperienceBatch
+Batch = SupervisedBatch | PreferenceBatch | RankedBatch | UnpairedBatch | ExperienceBatch
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Share:
 
 
 class Algorithm(LightningModule):
-    """What SFT, RewardModel, DPO and PPO have in common.
+    """What all algorithms have in common.
 
     A subclass says what it needs (``build``), what a batch is counted in (``units``), and what a micro-batch
     contributes (``shares``).
@@ -106,6 +106,8 @@ class Algorithm(LightningModule):
 
     # Metrics shown in the progress bar, beside loss and tokens per second.
     progress_metrics: tuple[str, ...] = ()
+    # Metrics that validation averages by another unit than ``weight_of``: metric → unit.
+    metric_units: dict[str, str] = {}  # noqa: RUF012 - read, never written
 
     def __init__(self, base: Base, learning_rate: float, optimizer: Optimizer, schedule: Schedule) -> None:
         super().__init__()
@@ -130,6 +132,10 @@ class Algorithm(LightningModule):
     def modes(self) -> None:
         """Set train or eval mode of the models for training."""
         raise NotImplementedError
+
+    def prepare(self, batch: Any) -> None:
+        """What a loss must know of a whole batch, on all ranks, before its first micro-batch (KTO's z). Called on every
+        rank, whatever its share of the batch; without gradients."""
 
     def units(self, batch: Any) -> dict[str, Tensor]:
         """Denominators of the losses: how many tokens, or pairs, this rank's batch holds. Float scalars."""
@@ -202,6 +208,7 @@ class Algorithm(LightningModule):
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         units = {name: self.sum_over_ranks(count) for name, count in self.units(batch).items()}
+        self.prepare(batch)
         totals: dict[str, Tensor] = {}
         with self._local_gradients():
             for micro_batch in batch.micro_batches():
@@ -228,6 +235,8 @@ class Algorithm(LightningModule):
 
     def tokens_in(self, batch: Batch) -> int:
         """Real tokens this rank's batch holds, prompts included."""
+        if isinstance(batch, RankedBatch):
+            return int(batch.answers.lengths.sum())
         sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.sequences,)
         return sum(int(side.lengths.sum()) for side in sides)
 
@@ -301,7 +310,7 @@ class Algorithm(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable weights only: a LoRA run's checkpoint is megabytes."""
-        kept = self._trainable_names()
+        kept = self.saved_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint["base"] = self.base.address
 
@@ -318,7 +327,7 @@ class Algorithm(LightningModule):
                 f"--ckpt_path: this run began from {checkpoint['base']}, but model.base.name now means "
                 f"{self.base.address}; name the first one to continue it"
             )
-        saved, own = set(checkpoint["state_dict"]), self._trainable_names()
+        saved, own = set(checkpoint["state_dict"]), self.saved_names()
         if saved != own:
             missing, strange = sorted(own - saved), sorted(saved - own)
             found = f"it lacks {missing[0]}" if missing else f"it holds {strange[0]}"
@@ -327,20 +336,24 @@ class Algorithm(LightningModule):
                 f"{len(missing) + len(strange) - 1} more names differ"
             )
 
-    def _trainable_names(self) -> set[str]:
+    def saved_names(self) -> set[str]:
+        """The weights that a checkpoint holds: those that move in training."""
         return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     # Evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Losses and metrics on held-out rows (none where the last batch is smaller than the number of ranks)."""
+        self.prepare(batch)
         if len(batch):
             reseed("validation", self.global_step, batch_idx, self.global_rank)
             self.evaluate(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The same on the test rows."""
+        self.prepare(batch)
         if len(batch):
+            reseed("validation", self.global_step, batch_idx, self.global_rank)
             self.evaluate(batch, "test")
 
     def evaluate(self, batch: Any, stage: str) -> None:
@@ -350,7 +363,9 @@ class Algorithm(LightningModule):
         for micro_batch in batch.micro_batches():
             for share in self.shares(micro_batch, units):
                 _add(totals, {"loss": share.loss.detach(), **share.metrics})
-        self.log_averages(stage, totals, units[self.weight_of], batch_size=len(batch))
+        for name, total in totals.items():
+            weight = units[self.metric_units.get(name, self.weight_of)]
+            self.log_averages(stage, {name: total}, weight, batch_size=len(batch))
 
     def log_averages(self, stage: str, values: dict[str, Tensor], weight: Tensor, batch_size: int) -> None:
         """Log means over a whole evaluation, over all ranks."""
@@ -381,6 +396,6 @@ def _add(totals: dict[str, Tensor], shares: dict[str, Tensor]) -> None:
 
 
 def require_no_dropout(base: Base, algorithm: str) -> None:
-    """PPO and DPO compare log-probs of the same tokens in different passes: dropout would make them differ."""
+    """PPO, DPO and KTO compare log-probs of the same tokens in different passes: dropout would make them differ."""
     if base.lora and base.lora.dropout:
         raise UserError(f"base.lora.dropout: {algorithm} runs without dropout; set it to 0")

@@ -106,15 +106,17 @@ class ChatFormat:
     def pair(
         self, prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]
     ) -> tuple[Encoded, Encoded]:
+        """``answers`` of two."""
+        first, second = self.answers(prompt, [chosen, rejected])
+        return first, second
+
+    def answers(self, prompt: Sequence[Message], answers: Sequence[Sequence[Message]]) -> list[Encoded]:
         """Prompt with each answer, supervised on the answer alone (not on assistant turns of the prompt).
 
         Raises:
             UserError: the tokenizer's template refuses a conversation.
         """
-        return (
-            self._encode([*prompt, *chosen], first=len(prompt)),
-            self._encode([*prompt, *rejected], first=len(prompt)),
-        )
+        return [self._encode([*prompt, *answer], first=len(prompt)) for answer in answers]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the prompt with what opens an answer.

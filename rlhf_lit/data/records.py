@@ -13,15 +13,19 @@ from rlhf_lit.errors import UserError
 
 __all__ = [
     "Demonstration",
+    "Judged",
     "Message",
     "OnBadRow",
     "Preference",
     "Prompt",
+    "Ranking",
     "RowReport",
     "Source",
     "demonstrations",
+    "judged",
     "preferences",
     "prompts",
+    "rankings",
     "read_rows",
 ]
 
@@ -61,6 +65,46 @@ class Preference:
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     margin: float
+    row: int
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answer to a prompt, judged good or bad.
+
+    Attributes:
+        prompt: the turns before the answer.
+        response: the answer: one assistant turn, or more where the file says so.
+        desirable: whether it is a good one.
+        row: number in its file, from 0.
+        source: the row as the file has it.
+    """
+
+    prompt: tuple[Message, ...]
+    response: tuple[Message, ...]
+    desirable: bool
+    row: int
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Several answers to one prompt, ordered.
+
+    Attributes:
+        prompt: the turns before the answers.
+        answers: each one assistant turn, or more where the file says so.
+        ranks: of each answer, 0 for the best; equal where they tie.
+        ratings: of each answer, differences of which are margins; 0 where the file has ranks alone.
+        row: number in its file, from 0.
+        source: the row as the file has it; of a message tree, the list taken from it.
+    """
+
+    prompt: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...]
+    ranks: tuple[int, ...]
+    ratings: tuple[float, ...]
     row: int
     source: dict[str, Any]
 
@@ -151,6 +195,13 @@ def preferences(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) ->
     def fits(columns: Set[str]) -> bool:
         return columns >= {"chosen", "rejected"}
 
+    columns = columns_of(rows, source)[1]
+    if "label" in columns and not fits(columns):
+        raise UserError(
+            f"{source.path}: rows of single answers with a label are no pairs: KTO with UnpairedDataModule learns from "
+            "them (configs/dpo/kto.yaml)"
+        )
+
     def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Preference:
         return Preference(*shapes.preference(row, columns), shapes.margin(row, columns), number, raw)
 
@@ -159,6 +210,84 @@ def preferences(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) ->
         "chosen + rejected as whole dialogues"
     )
     return _collect(rows, source, on_bad_row, fits, build, f"preference pairs ({known})")
+
+
+def judged(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) -> tuple[list[Judged], RowReport]:
+    """Answers judged one by one, from rows of any supervised shape with a ``label``; of a pair, both sides.
+
+    The report counts answers, so that a pair counts twice.
+
+    Raises:
+        UserError: no known shape, a bad row where ``on_bad_row`` is ``error``, or no usable row.
+    """
+    columns = columns_of(rows, source)[1]
+    if columns >= {"chosen", "rejected"} and "label" not in columns:
+        pairs, report = preferences(rows, source, on_bad_row=on_bad_row)
+        report.total, report.used = 2 * report.total, 2 * report.used
+        return [
+            Judged(pair.prompt, response, response is pair.chosen, pair.row, pair.source)
+            for pair in pairs
+            for response in (pair.chosen, pair.rejected)
+        ], report
+
+    def fits(columns: Set[str]) -> bool:
+        return "label" in columns and bool(
+            columns & {*shapes.CHAT_COLUMNS}
+            or (columns & {*shapes.PROMPT_COLUMNS} and columns & {*shapes.ANSWER_COLUMNS})
+        )
+
+    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Judged:
+        turns = shapes.demonstration(row, columns)
+        last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+        return Judged(turns[: last + 1], turns[last + 1 :], shapes.label(row), number, raw)
+
+    known = (
+        "prompt + completion, instruction (+ input) + output, messages or conversations, each with label; "
+        "chosen + rejected"
+    )
+    return _collect(rows, source, on_bad_row, fits, build, f"judged answers ({known})")
+
+
+def rankings(
+    rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow, most: int | None = None
+) -> tuple[list[Ranking], RowReport]:
+    """Ranked lists of answers, from rows of any ranked or paired shape; a message tree of OpenAssistant gives several.
+
+    Args:
+        rows: as the file has them.
+        source: where they come from.
+        on_bad_row: what a row that cannot be used leads to.
+        most: a list of more answers is a bad row.
+
+    Raises:
+        UserError: no known shape, a bad row where ``on_bad_row`` is ``error``, or no usable row.
+    """
+
+    def fits(columns: Set[str]) -> bool:
+        return shapes.is_ranked(columns) or columns >= {"chosen", "rejected"}
+
+    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Ranking:
+        ranking = Ranking(*shapes.ranking(row, columns), number, raw)
+        if most is not None and len(ranking.answers) > most:
+            raise BadRow(f"more than {most} answers")
+        return ranking
+
+    known = (
+        "prompt or another column of a prompt + answers or responses + ranks or scores; + ranked, the best first; "
+        "+ completions with response and overall_score; message trees; chosen + rejected"
+    )
+    taken, numbers = without_trees(rows)
+    return _collect(taken, source, on_bad_row, fits, build, f"ranked answers ({known})", numbers)
+
+
+def without_trees(rows: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The rows, message trees replaced by the ranked lists that are in them; and each one's number in the file."""
+    lists = [
+        (found, number)
+        for number, row in enumerate(rows)
+        for found in (shapes.lists_of_tree(row) if shapes.is_tree(row) else [row])
+    ]
+    return [row for row, _ in lists], [number for _, number in lists]
 
 
 def prompts(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) -> tuple[list[Prompt], RowReport]:
@@ -185,27 +314,33 @@ def _collect(
     fits: Callable[[Set[str]], bool],
     build: Callable[[shapes.Row, Set[str], int, dict[str, Any]], R],
     wanted: str,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[R], RowReport]:
     if source.limit is not None and source.limit < 1:
         raise UserError(f"{source.path}: limit must be at least 1, not {source.limit}")
-    found = {column for row in rows if isinstance(row, dict) for column in row}
-    _check_mapping(source, found)
-    columns = (found - set(source.columns.values())) | set(source.columns)
+    found, columns = columns_of(rows, source)
+    check_mapping(source, found)
     if not fits(columns):
+        shown = ", ".join(sorted(map(str, found))) or "(none)"
+        if shapes.is_ranked(columns) or any(map(shapes.is_tree, rows)):
+            raise UserError(
+                f"{source.path}: columns {shown} are ranked lists of answers, which RankingDataModule reads for a "
+                f"RewardModel; here {wanted} are needed"
+            )
         raise UserError(
-            f"{source.path}: columns {', '.join(sorted(map(str, found))) or '(none)'} have no known shape of {wanted}; "
+            f"{source.path}: columns {shown} have no known shape of {wanted}; "
             "name them in `columns`, e.g. {prompt: question}"
         )
     report = RowReport(source.label)
     records: list[R] = []
-    for number, raw in enumerate(rows):
+    for number, raw in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
         if source.limit is not None and len(records) == source.limit:
             break
         report.total += 1
         try:
             if not isinstance(raw, dict):
                 raise BadRow("malformed")
-            records.append(build(_renamed(raw, source.columns), columns, number, raw))
+            records.append(build(renamed(raw, source.columns), columns, number, raw))
         except BadRow as reason:
             if on_bad_row == "error":
                 raise UserError(
@@ -218,7 +353,14 @@ def _collect(
     return records, report
 
 
-def _check_mapping(source: Source, found: Set[str]) -> None:
+def columns_of(rows: Sequence[Any], source: Source) -> tuple[set[str], set[str]]:
+    """The columns that a file has, and the same by our names for them."""
+    found = {column for row in rows if isinstance(row, dict) for column in row}
+    return found, (found - set(source.columns.values())) | set(source.columns)
+
+
+def check_mapping(source: Source, found: Set[str]) -> None:
+    """Refuse a ``columns`` that names what we or the file do not know. Raises UserError."""
     for ours, theirs in source.columns.items():
         if ours not in shapes.KNOWN_COLUMNS:
             raise UserError(
@@ -230,6 +372,7 @@ def _check_mapping(source: Source, found: Set[str]) -> None:
             )
 
 
-def _renamed(raw: dict[str, Any], mapping: dict[str, str]) -> dict[str, Any]:
+def renamed(raw: dict[str, Any], mapping: dict[str, str]) -> dict[str, Any]:
+    """A row by our names for its columns."""
     kept = {name: value for name, value in raw.items() if name not in mapping.values()}
     return kept | {ours: raw.get(theirs) for ours, theirs in mapping.items()}

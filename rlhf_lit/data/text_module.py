@@ -7,6 +7,7 @@ to the machine: what goes through the device at once; it changes no result.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from rlhf_lit.data.chat import ChatFormat, Template
 from rlhf_lit.data.records import OnBadRow, RowReport, Source
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
 from rlhf_lit.errors import UserError
+from rlhf_lit.randomness import permutation
 
 # Part of the tokenisation cache's key: raise it when the same text would give other tokens.
 TOKENISATION_VERSION = 2
@@ -170,9 +172,9 @@ class TextDataModule(LightningDataModule):
             else:
                 kept.append({**tokens, "source": record.source, "row": record.row})
         self.reports[name] = report
-        _report(f"{name}: {report.summary()}")
+        say(f"{name}: {report.summary()}")
         if moved := sum(bool(row.get("moved")) for row in kept):
-            _report(
+            say(
                 f"{name}: in {moved} rows the prompt's own tokens are not a prefix of the row's; the response starts "
                 "at the common prefix"
             )
@@ -233,13 +235,14 @@ class TextDataModule(LightningDataModule):
         if not examples:
             return []
         rank, world = self._rank()
-        size = self.batch_size
-        if name in ("validation", "test"):
-            # Ranks add their numbers up together, so that each must have some: a row of the first batch at least.
-            if len(examples) < world:
-                raise UserError(f"data.{name}: {len(examples)} rows are too few for {world} ranks, which need one each")
-            size = max(size, world)
-        return BatchLoader(examples, size, collate, shuffle, rank, world)
+        if name in ("validation", "test") and len(examples) < world:
+            raise UserError(f"data.{name}: {len(examples)} rows are too few for {world} ranks, which need one each")
+        return BatchLoader(examples, self._batch_size(name), collate, shuffle, rank, world)
+
+    def _batch_size(self, name: str) -> int:
+        """Rows of a split's batch. In an evaluation ranks add their numbers up together, so that each must have some: a
+        row of the first batch at least."""
+        return max(self.batch_size, self._rank()[1]) if name in ("validation", "test") else self.batch_size
 
     def _rank(self) -> tuple[int, int]:
         assert self.trainer is not None
@@ -262,6 +265,25 @@ class TextDataModule(LightningDataModule):
         rows = self.examples["train"][:limit]
         for start in range(0, len(rows), self.batch_size):
             yield self.collate(rows[start : start + self.batch_size])
+
+    def rows_seen(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a split that the trainer's limits leave to the run at hand, however far it has come."""
+        assert self.trainer is not None
+        trainer, rows = self.trainer, self.examples.get(name) or []
+        size = self._batch_size(name)
+        batches = math.ceil(len(rows) / size)
+        limit = {
+            "train": trainer.limit_train_batches,
+            "validation": trainer.limit_val_batches,
+            "test": trainer.limit_test_batches,
+        }[name]
+        seen = int(limit * batches) if isinstance(limit, float) else min(limit, batches)
+        order = torch.arange(len(rows))
+        if name == "train":
+            order = permutation(len(rows), "shuffle", 0)
+            seen *= trainer.max_epochs if trainer.max_epochs not in (None, -1) else batches
+            seen = seen if trainer.max_steps < 0 else min(seen, trainer.max_steps)
+        return rows if seen >= batches else [rows[i] for i in order[: seen * size].tolist()]
 
     def sample_prompts(self) -> PromptBatch | None:
         """A few held-out prompts (training ones where nothing is held out) to watch the policy by."""
@@ -298,7 +320,7 @@ class TextDataModule(LightningDataModule):
 
 
 @rank_zero_only
-def _report(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from rlhf_lit.data.chat import Encoded
@@ -32,22 +33,27 @@ def truncate_prompt(
 def truncate_pair(
     chosen: Encoded, rejected: Encoded, max_length: int, policy: Truncation, bos_token_id: int | None = None
 ) -> tuple[Encoded, Encoded] | None:
-    """Both sides of a pair, the same prompt tokens cut from each, so that the longer has at most ``max_length``.
+    """Both sides of a pair, the same prompt tokens cut from each: see :func:`truncate_group`."""
+    sides = truncate_group([chosen, rejected], max_length, policy, bos_token_id)
+    return None if sides is None else (sides[0], sides[1])
 
-    Only tokens that the two sides share before either answer may be cut; arguments and None as in
-    :func:`truncate_prompt`.
+
+def truncate_group(
+    sides: Sequence[Encoded], max_length: int, policy: Truncation, bos_token_id: int | None = None
+) -> list[Encoded] | None:
+    """Answers to one prompt, the same prompt tokens cut from each, so that the longest has at most ``max_length``.
+
+    Only tokens that all of them share before any answer may be cut; arguments and None as in :func:`truncate_prompt`.
     """
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(chosen.tokens, rejected.tokens, strict=False)) if a != b),
-        min(len(chosen.tokens), len(rejected.tokens)),
-    )
-    for side in (chosen, rejected):
-        shared = min(shared, side.mask.index(True) if True in side.mask else shared)
-    surplus = max(len(chosen.tokens), len(rejected.tokens)) - max_length
-    cut = [_cut(side.tokens, side.mask, shared, surplus, policy, bos_token_id) for side in (chosen, rejected)]
-    if cut[0] is None or cut[1] is None:
-        return None
-    return Encoded(*cut[0], chosen.boundary_moved), Encoded(*cut[1], rejected.boundary_moved)
+    shared = min(side.mask.index(True) if True in side.mask else len(side.tokens) for side in sides)
+    for place in range(shared):
+        if any(side.tokens[place] != sides[0].tokens[place] for side in sides):
+            shared = place
+            break
+    surplus = max(len(side.tokens) for side in sides) - max_length
+    cut = [_cut(side.tokens, side.mask, shared, surplus, policy, bos_token_id) for side in sides]
+    kept = [Encoded(*part, side.boundary_moved) for side, part in zip(sides, cut, strict=True) if part is not None]
+    return kept if len(kept) == len(sides) else None
 
 
 def _cut(

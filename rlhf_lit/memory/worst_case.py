@@ -11,10 +11,26 @@ from lightning import LightningDataModule
 from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import SCORING_BUDGET, OnPolicy
 from rlhf_lit.algorithms.ppo import PPO
-from rlhf_lit.batches import PreferenceBatch, PromptBatch, Record, Sequences, SupervisedBatch
-from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule, TextDataModule
+from rlhf_lit.batches import (
+    PreferenceBatch,
+    PromptBatch,
+    RankedBatch,
+    Record,
+    Sequences,
+    SupervisedBatch,
+    UnpairedBatch,
+)
+from rlhf_lit.data.modules import (
+    PreferenceDataModule,
+    RankingDataModule,
+    RolloutDataModule,
+    SFTDataModule,
+    TextDataModule,
+    UnpairedDataModule,
+)
 from rlhf_lit.errors import UserError
 from rlhf_lit.memory.measurement import Measurement
 from rlhf_lit.models.loading import context_length, unwrapped
@@ -28,7 +44,7 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """A micro-batch: rows (or pairs) of one length, in tokens."""
+    """A micro-batch: rows (or pairs, or lists of answers) of one length, in tokens."""
 
     rows: int
     length: int
@@ -39,7 +55,7 @@ def worst_shapes(length: int, sides: int, budget: int, rows: int) -> list[Shape]
 
     Args:
         length: of the longest row.
-        sides: 2 for pairs.
+        sides: 2 for pairs, of ranked lists the most answers that one may have.
         budget: padded tokens of a micro-batch.
         rows: of the whole batch.
     """
@@ -74,7 +90,7 @@ class WorstCase(LightningDataModule):
 
     def __init__(self, module: Algorithm, data: TextDataModule, budget: int, measurement: Measurement) -> None:
         super().__init__()
-        kinds = (SFTDataModule, PreferenceDataModule, RolloutDataModule)
+        kinds = (SFTDataModule, PreferenceDataModule, RankingDataModule, UnpairedDataModule, RolloutDataModule)
         if not isinstance(data, kinds) or isinstance(data, RolloutDataModule) != isinstance(module, OnPolicy):
             raise UserError(f"data: memory does not know what {type(module).__name__} makes of {type(data).__name__}")
         self.module = module
@@ -90,6 +106,8 @@ class WorstCase(LightningDataModule):
     @property
     def sides(self) -> int:
         """Sequences of one row."""
+        if isinstance(self.data, RankingDataModule):
+            return self.data.max_answers
         return 2 if isinstance(self.data, PreferenceDataModule) else 1
 
     @property
@@ -101,7 +119,7 @@ class WorstCase(LightningDataModule):
 
     @property
     def row_tokens(self) -> int:
-        """Padded tokens of the longest row, both sides of a pair counted."""
+        """Padded tokens of the longest row, both sides of a pair and all answers of a list counted."""
         return self.sides * self.longest
 
     @property
@@ -137,9 +155,16 @@ class WorstCase(LightningDataModule):
         shapes = worst_shapes(self.longest, self.sides, self.budget, self.data.batch_size)
         if isinstance(self.module, OnPolicy):
             return self._experience(self.module, shapes, step)
-        rows = _sequences([shape.length for shape in shapes for _ in range(shape.rows)], self._vocabulary)
+        answers = self.sides if isinstance(self.data, RankingDataModule) else 1
+        rows = _sequences([shape.length for shape in shapes for _ in range(shape.rows * answers)], self._vocabulary)
+        if isinstance(self.data, RankingDataModule):
+            lists = sum(shape.rows for shape in shapes)
+            rank = torch.arange(answers).repeat(lists)
+            return RankedBatch(rows, torch.full((lists,), answers), rank, torch.zeros(len(rows)), self.budget)
         if isinstance(self.data, PreferenceDataModule):
             return PreferenceBatch(rows, rows, torch.zeros(len(rows)), self.budget)
+        if isinstance(self.data, UnpairedDataModule):
+            return UnpairedBatch(rows, rows, torch.ones(len(rows), dtype=torch.bool), self.budget)
         return SupervisedBatch(rows, self.budget)
 
     def _experience(self, module: OnPolicy, shapes: list[Shape], step: int) -> Record:
@@ -179,9 +204,12 @@ class _Steps:
 
 
 def prepare(module: Algorithm, measurement: Measurement) -> None:
-    """Make every response as long as it may be, the critic's warm-up over, and functions score without their data."""
+    """Make every response as long as it may be, the critic's warm-up over, a reference computed beforehand gone,
+    and functions score without their data."""
     if isinstance(module, PPO):
         module.critic = replace(module.critic, warmup=0)
+    if isinstance(module, OfflineAlgorithm) and module.reference.precompute:
+        module.compares = False
     if not isinstance(module, OnPolicy):
         return
 

@@ -74,7 +74,7 @@ class Roles(nn.Module):
         # The adapter that is in force for each role; None: all adapters off.
         self._adapters: dict[str, str | None] = {"policy": "default"}
         if reference:
-            self._add_reference()
+            self.add_reference()
 
     @property
     def policy(self) -> Any:
@@ -86,14 +86,49 @@ class Roles(nn.Module):
         self._adapters.pop("reference", None)
         self.models["reference"] = model.requires_grad_(False)
 
-    def _add_reference(self) -> None:
+    def add_reference(self, own: bool = False) -> None:
+        """A frozen reference: the policy as it is now.
+
+        Args:
+            own: in weights of its own, so that it can be moved; else adapters off will do where they are the same.
+        """
         if not self.shared:
             self.models["reference"] = copy.deepcopy(self.policy).requires_grad_(False)
-        elif self._untouched("default"):
+        elif self._untouched("default") and not own:
             self._adapters["reference"] = None
         else:
             # The adapter was trained by an earlier stage: the reference is that stage's model, not the bare base.
             self._copy_adapter("reference", trainable=False)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is one to be asked."""
+        return "reference" in self.models or "reference" in self._adapters
+
+    def drop_reference(self) -> None:
+        """Free what the reference holds."""
+        if "reference" in self.models:
+            del self.models["reference"]
+        elif self._adapters.pop("reference") is not None:
+            self.policy.delete_adapter("reference")
+
+    def reference_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """A reference's own weights: their names here, and with each the policy's weight it began as."""
+        if "reference" in self.models:
+            policy = dict(self.policy.named_parameters())
+            for name, weight in self.models["reference"].named_parameters():
+                yield f"models.reference.{name}", weight, policy[name]
+            return
+        weights = dict(self.policy.named_parameters())
+        for name, weight in weights.items():
+            if ".reference." in name:
+                yield f"models.policy.{name}", weight, weights[name.replace(".reference.", ".default.")]
+
+    @torch.no_grad()
+    def move_reference(self, mix: float) -> None:
+        """π₀ ← mix·π + (1 − mix)·π₀ on the reference's own weights (of an adapter: on each factor)."""
+        for _, reference, policy in self.reference_pairs():
+            reference.lerp_(policy.to(reference.dtype), mix)
 
     def add_critic(self, base: Base, init: Base | None, trunk: bool) -> None:
         """The value role: a head on the policy's hidden states (``trunk``), or a body of its own.

@@ -15,12 +15,21 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Algorithm
-from rlhf_lit.algorithms.dpo import DPO
+from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import SCORING_BUDGET, OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.algorithms.writing import WritingAlgorithm
-from rlhf_lit.batches import PreferenceBatch, PromptBatch, Record, Sequences, SupervisedBatch, cut_by_tokens
+from rlhf_lit.batches import (
+    PreferenceBatch,
+    PromptBatch,
+    RankedBatch,
+    Record,
+    Sequences,
+    SupervisedBatch,
+    UnpairedBatch,
+    cut_by_tokens,
+)
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
@@ -36,6 +45,7 @@ from rlhf_lit.preflight.models import (
     ratio_one,
     reference_stays,
     relative,
+    same_as_cached,
     scores_of,
     starting_loss,
     trainable_parameters,
@@ -63,8 +73,11 @@ def checks(module: Algorithm, data: TextDataModule | None, rank: int = 0, world:
     yield trainable_parameters(module)
     if data is None:
         return
-    places = _places(len(data.examples["train"]), TOKEN_ROWS, rank, world)
-    rows = [data.examples["train"][place] for place in places]
+    # Of rows that are not trained on, a cache may not know the reference's log-probs.
+    cached = isinstance(module, OfflineAlgorithm) and module.cache is not None
+    known = data.rows_seen("train") if cached else data.examples["train"]
+    places = _places(len(known), TOKEN_ROWS, rank, world)
+    rows = [known[place] for place in places]
     prompting = isinstance(data, RolloutDataModule)
     batch: Any = (
         data.prompt_batch([(row, place, 0) for row, place in zip(rows, places, strict=True)])
@@ -78,7 +91,8 @@ def checks(module: Algorithm, data: TextDataModule | None, rank: int = 0, world:
     if failed:
         return
     count = min(len(rows), PROMPTS if prompting else MODEL_ROWS)
-    yield from model_checks(module, batch.select(torch.arange(count)).to(module.device))
+    some = module.on_before_batch_transfer(batch.select(torch.arange(count)), 0)
+    yield from model_checks(module, some.to(module.device))
 
 
 def _places(size: int, count: int, rank: int, world: int) -> list[int]:
@@ -98,6 +112,8 @@ def token_checks(module: Algorithm, batch: Record, rows: Sequence[int]) -> Itera
     if isinstance(batch, PromptBatch):
         yield one_bos([batch.prompts], rows, tokenizer.bos_token_id, stops)
     elif sides := _sides(batch):
+        if isinstance(batch, RankedBatch):
+            rows = [rows[prompt] for prompt in batch.prompt_of_answer().tolist()]
         yield one_bos(sides, rows, tokenizer.bos_token_id, stops)
         supervised = supervised_tokens(sides, rows)
         yield supervised
@@ -113,8 +129,10 @@ def _stops(module: Algorithm) -> tuple[int, ...]:
 
 def _sides(batch: Record) -> list[Sequences]:
     """The answers of a batch that holds any."""
-    if isinstance(batch, SupervisedBatch):
+    if isinstance(batch, SupervisedBatch | UnpairedBatch):
         return [batch.sequences]
+    if isinstance(batch, RankedBatch):
+        return [batch.answers]
     return [batch.chosen, batch.rejected] if isinstance(batch, PreferenceBatch) else []
 
 
@@ -135,13 +153,16 @@ def model_checks(module: Algorithm, batch: Any) -> Iterator[Check]:
             yield padding(scores_of(module), relative, sequences, budget, module.scorer)
         if isinstance(module, SFT):
             yield starting_loss(module, batch)
-    if isinstance(module, DPO):
-        part = sequences.select(cut_by_tokens(sequences.lengths.cpu(), budget)[0])
+    if isinstance(module, OfflineAlgorithm):
+        if module.runs_reference:
+            part = sequences.select(cut_by_tokens(sequences.lengths.cpu(), budget)[0])
 
-        def compare() -> Comparison:
-            return compare_with_reference(module.roles, part)
+            def compare() -> Comparison:
+                return compare_with_reference(module.roles, part)
 
-        yield from _reference(module, compare(), compare, part.mask)
+            yield from _reference(module, compare(), compare, part.mask)
+        elif module.compares:
+            yield same_as_cached(module, batch) if at_start(module) else _too_late("KL = 0", module)
         yield preference_loss(module, batch) if at_start(module) else _too_late("loss at step 0", module)
 
 
@@ -174,7 +195,7 @@ def _sampled(module: OnPolicy, prompts: PromptBatch) -> Iterator[Check]:
 
 
 def _reference(
-    module: DPO | OnPolicy, comparison: Comparison, compare: Callable[[], Comparison], mask: Tensor
+    module: OfflineAlgorithm | OnPolicy, comparison: Comparison, compare: Callable[[], Comparison], mask: Tensor
 ) -> Iterator[Check]:
     if at_start(module):
         yield no_distance(comparison, mask, tolerance_of(module.roles).same)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Algorithm
-from rlhf_lit.algorithms.dpo import DPO
+from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch, cut_by_tokens
+from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch, UnpairedBatch, cut_by_tokens
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.loading import context_length, unwrapped
@@ -142,13 +142,17 @@ def starting_loss(module: SFT, batch: SupervisedBatch) -> Check:
     return Check("starting loss", "ok", found)
 
 
-def preference_loss(module: DPO, batch: PreferenceBatch) -> Check:
+def preference_loss(module: OfflineAlgorithm, batch: PreferenceBatch | UnpairedBatch) -> Check:
     """The loss at the value it is known to have while policy = reference."""
-    loss, known = _loss(module, batch), module.loss.value_at_start()
+    loss, known = _loss(module, batch), module.value_at_start(batch)
     name = type(module.loss).__name__
+    if not math.isfinite(loss):
+        return Check("loss at step 0", "failed", f"{loss}", "the weights are broken, or too wide for model.base.dtype")
     if known is None:
         return Check("loss at step 0", "skipped", f"{loss:.6g}; {name} states no value_at_start")
-    limit = tolerance_of(module.roles).same * max(1.0, abs(known))
+    tolerance = tolerance_of(module.roles)
+    # A cached reference was computed in batches of other shapes.
+    limit = (tolerance.same if module.runs_reference else tolerance.reshaped) * max(1.0, abs(known))
     return judge(
         "loss at step 0",
         abs(loss - known) <= limit,
@@ -160,6 +164,7 @@ def preference_loss(module: DPO, batch: PreferenceBatch) -> Check:
 
 def _loss(module: Algorithm, batch: Any) -> float:
     units = module.units(batch)
+    module.prepare(batch)
     return sum(float(share.loss) for part in batch.micro_batches() for share in module.shares(part, units))
 
 
@@ -173,6 +178,29 @@ def no_distance(comparison: Comparison, mask: Tensor, limit: float) -> Check:
         max(ratio, exact) <= limit,
         f"{exact:.1g} nats per token, log-ratio {ratio:.1g}; {limit:g} allowed",
         "the reference is another model than the policy starts from, or they run in different modes (dropout, dtype)",
+    )
+
+
+def same_as_cached(module: OfflineAlgorithm, batch: PreferenceBatch | UnpairedBatch) -> Check:
+    """The policy is, before the first step, the reference whose log-probs were computed beforehand."""
+    worst, limit = 0.0, tolerance_of(module.roles).reshaped
+
+    def compare(sequences: Sequences) -> Tensor:
+        nonlocal worst
+        with module.roles.acting("policy") as model:
+            logprobs = token_logprobs(model, sequences)
+        known = module.known_logprobs(sequences)
+        distance = row_sums((logprobs - known).abs(), sequences.mask) / sequences.mask.sum(-1)
+        worst = worse(worst, largest(distance))
+        return logprobs
+
+    for part in batch.micro_batches():
+        module.with_reference(part, compare)
+    return judge(
+        "KL = 0",
+        worst <= limit,
+        f"log-ratio to the cached reference {worst:.1g} nats per token; {limit:g} allowed",
+        "the cache holds another model's log-probs: `python -m rlhf_lit cache clear`",
     )
 
 

@@ -7,10 +7,21 @@ import pytest
 import tiny
 from torch import nn
 
-from rlhf_lit.algorithms import DPO, SFT, RewardModel
-from rlhf_lit.batches import PreferenceBatch, Sequences
+from rlhf_lit.algorithms import DPO, KTO, SFT, RewardModel
+from rlhf_lit.batches import PreferenceBatch, Sequences, UnpairedBatch
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
-from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PreferenceLoss
+from rlhf_lit.losses.preference import (
+    APODownLoss,
+    APOZeroLoss,
+    DPOLoss,
+    HingeLoss,
+    IPOLoss,
+    KTOLoss,
+    ORPOLoss,
+    PreferenceLoss,
+    RobustDPOLoss,
+    SimPOLoss,
+)
 from rlhf_lit.models.loading import Base, LoRA, load_tokenizer
 
 trl = pytest.importorskip("trl", reason="TRL is a test extra")
@@ -121,25 +132,29 @@ def tokenizer(folder: str) -> Any:
     return words
 
 
-def trl_dpo(
-    folder: str, batch: PreferenceBatch, policy: nn.Module, reference: nn.Module | None, out: Path, **settings: Any
-) -> Any:
-    """A DPOTrainer over the batch's texts; its own tokenizer must give the batch's tokens back."""
+def pairs_as_text(folder: str, batch: PreferenceBatch) -> Any:
+    """A data set of the batch's texts."""
     from datasets import Dataset
-
-    words = tokenizer(folder)
-
-    def text(tokens: list[int]) -> str:
-        return " ".join(words.convert_ids_to_tokens(tokens))
 
     data = []
     for (chosen, mask), (rejected, _) in zip(rows(batch.chosen), rows(batch.rejected), strict=True):
         start = mask.index(True)
-        sides = {"chosen": " " + text(chosen[start:]), "rejected": " " + text(rejected[start:])}
-        data.append({"prompt": text(chosen[:start]), **sides})
+        prompt, *sides = (as_text(folder, tokens) for tokens in (chosen[:start], chosen[start:], rejected[start:]))
+        data.append({"prompt": prompt, "chosen": f" {sides[0]}", "rejected": f" {sides[1]}"})
+    return Dataset.from_list(data)
+
+
+def as_text(folder: str, tokens: list[int]) -> str:
+    return " ".join(tokenizer(folder).convert_ids_to_tokens(tokens))
+
+
+def trl_dpo(
+    folder: str, batch: PreferenceBatch, policy: nn.Module, reference: nn.Module | None, out: Path, **settings: Any
+) -> Any:
+    """A DPOTrainer over the batch's texts; its own tokenizer must give the batch's tokens back."""
     arguments = trl.DPOConfig(output_dir=str(out), per_device_train_batch_size=len(batch), **COMMON, **settings)
     trainer = trl.DPOTrainer(
-        policy, reference, arguments, train_dataset=Dataset.from_list(data), processing_class=words
+        policy, reference, arguments, train_dataset=pairs_as_text(folder, batch), processing_class=tokenizer(folder)
     )
     for row, (tokens, _) in zip(trainer.train_dataset, rows(batch.chosen), strict=True):
         assert row["prompt_ids"] + row["chosen_ids"] == tokens
@@ -158,9 +173,14 @@ def moved_dpo(folder: str, loss: PreferenceLoss, lora: LoRA | None = None) -> DP
     [
         (DPOLoss(beta=0.1), {"loss_type": ["sigmoid"], "beta": 0.1}),
         (DPOLoss(beta=0.7), {"loss_type": ["sigmoid"], "beta": 0.7}),
+        (DPOLoss(beta=2.0, average_log_prob=True), {"loss_type": ["sigmoid_norm"], "beta": 2.0}),
+        (RobustDPOLoss(0.4, 0.2), {"loss_type": ["robust"], "beta": 0.4, "label_smoothing": 0.2}),
         (IPOLoss(beta=0.3, average_log_prob=True), {"loss_type": ["ipo"], "beta": 0.3}),
+        (HingeLoss(beta=0.3), {"loss_type": ["hinge"], "beta": 0.3}),
+        (APOZeroLoss(beta=0.4), {"loss_type": ["apo_zero"], "beta": 0.4}),
+        (APODownLoss(beta=0.4), {"loss_type": ["apo_down"], "beta": 0.4}),
     ],
-    ids=["dpo-0.1", "dpo-0.7", "ipo"],
+    ids=["dpo-0.1", "dpo-0.7", "dpo-per-token", "robust", "ipo", "hinge", "apo-zero", "apo-down"],
 )
 def test_dpo(folder: str, loss: PreferenceLoss, settings: dict[str, Any], tmp_path: Path) -> None:
     batch, module = tiny.preferences(), moved_dpo(folder, loss)
@@ -169,10 +189,113 @@ def test_dpo(folder: str, loss: PreferenceLoss, settings: dict[str, Any], tmp_pa
     trainer = trl_dpo(folder, batch, policy, reference, tmp_path, **settings)
     assert_equal(module, batch, *first_log(trainer))
     logs, ours = trainer.state.log_history[0], tiny.Step(module, batch).totals
-    if isinstance(loss, DPOLoss):
+    if isinstance(loss, DPOLoss) and not loss.average_log_prob:
         assert ours["margin"] == pytest.approx(logs["rewards/margins"], abs=1e-4)
         assert ours["accuracy"] == pytest.approx(logs["rewards/accuracies"], abs=1e-6)
         assert ours["reward_chosen"] == pytest.approx(logs["rewards/chosen"], abs=1e-4)
+
+
+def test_dpo_with_an_sft_term(folder: str, tmp_path: Path) -> None:
+    batch = tiny.preferences()
+    module = tiny.build(DPO(Base(name=folder), DPOLoss(beta=0.3), sft_coefficient=0.5))
+    tiny.disturb(module, 0.03)
+    policy, reference = (plain_model(folder, "AutoModelForCausalLM") for _ in range(2))
+    policy.load_state_dict(module.roles.policy.state_dict())
+    settings = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3}
+    assert_equal(module, batch, *first_log(trl_dpo(folder, batch, policy, reference, tmp_path, **settings)))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.7])
+def test_simpo(folder: str, gamma: float, tmp_path: Path) -> None:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    batch, module = tiny.preferences(), moved_dpo(folder, SimPOLoss(beta=2.0, gamma=gamma))
+    policy = plain_model(folder, "AutoModelForCausalLM")
+    policy.load_state_dict(module.roles.policy.state_dict())
+    arguments = CPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=len(batch), loss_type="simpo", cpo_alpha=0.0, beta=2.0,
+        simpo_gamma=gamma, **COMMON,
+    )  # fmt: skip
+    trainer = CPOTrainer(
+        policy, arguments, train_dataset=pairs_as_text(folder, batch), processing_class=tokenizer(folder)
+    )
+    assert_equal(module, batch, *first_log(trainer))
+
+
+def test_orpo_but_for_whose_likelihood_it_counts(folder: str, tmp_path: Path) -> None:
+    """The odds ratio is TRL's. Its likelihood term covers the prompt too, as a mean over all tokens of the batch; ours
+    is the paper's, the mean log-prob of the chosen response."""
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    batch, module = tiny.preferences(), moved_dpo(folder, ORPOLoss(beta=0.6))
+    policy = plain_model(folder, "AutoModelForCausalLM")
+    policy.load_state_dict(module.roles.policy.state_dict())
+    arguments = ORPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=len(batch), beta=0.6, **COMMON)
+    trainer = ORPOTrainer(
+        policy, arguments, train_dataset=pairs_as_text(folder, batch), processing_class=tokenizer(folder)
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    totals = tiny.Step(module, batch).totals
+    chosen, mask = batch.chosen, batch.chosen.mask
+    likelihood = -float((tiny.logprobs_of(module, chosen).sum(-1) / mask.sum(-1)).mean())
+    assert totals["loss"] - likelihood == pytest.approx(log["loss"] - log["nll_loss"], abs=TOLERANCE)
+    assert totals["accuracy"] == pytest.approx(log["rewards/accuracies"], abs=1e-6)
+    assert totals["margin"] == pytest.approx(log["log_odds_chosen"], abs=TOLERANCE)
+    assert abs(likelihood - log["nll_loss"]) > 0.01, "TRL counts the response alone now: compare the whole loss"
+
+
+def judged(rotate: int) -> UnpairedBatch:
+    """Six ragged responses, every second one good, each prompt beside the response of the row before it."""
+    pairs = tiny.preferences()
+    found = [rows(side)[i] for i, side in enumerate([pairs.chosen, pairs.rejected] * 3)]
+    starts = [mask.index(True) for _, mask in found]
+    prompts = [tokens[:start] for (tokens, _), start in zip(found, starts, strict=True)]
+    answers = [tokens[start:] for (tokens, _), start in zip(found, starts, strict=True)]
+    others = answers[-rotate:] + answers[:-rotate]
+
+    def padded(answers: list[list[int]]) -> Sequences:
+        both = list(zip(prompts, answers, strict=True))
+        return Sequences.pad([p + a for p, a in both], [[False] * len(p) + [True] * len(a) for p, a in both])
+
+    return UnpairedBatch(padded(answers), padded(others), tiny.torch.arange(6) % 2 == 0, tiny.EVERYTHING)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)], ids=["full", "lora"])
+def test_kto(folder: str, lora: LoRA | None, tmp_path: Path) -> None:
+    """TRL pairs each prompt with the response of the row before it, within a device's batch."""
+    from datasets import Dataset
+
+    batch = judged(rotate=1)
+    loss = KTOLoss(beta=0.5, desirable_weight=1.3, undesirable_weight=0.8)
+    module, twin = (tiny.build(KTO(Base(name=folder, lora=lora), loss)) for _ in range(2))
+    for each in (module, twin):
+        tiny.disturb(each, 0.03)
+        # A step towards the mismatched responses, since z is 0 where they became less likely.
+        tiny.logprobs_of(each, batch.mismatched).sum().backward()
+        for parameter in each.trainable_parameters():
+            parameter.data += 3e-3 * parameter.grad
+    policy = twin.roles.policy if lora else plain_model(folder, "AutoModelForCausalLM")
+    policy.load_state_dict(module.roles.policy.state_dict())
+    data = []
+    for (tokens, mask), label in zip(rows(batch.sequences), batch.desirable.tolist(), strict=True):
+        start = mask.index(True)
+        texts = {"prompt": as_text(folder, tokens[:start]), "completion": f" {as_text(folder, tokens[start:])}"}
+        data.append({**texts, "label": label})
+    arguments = trl.KTOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=6, beta=0.5, desirable_weight=1.3,
+        undesirable_weight=0.8, train_sampling_strategy="sequential", **COMMON,
+    )  # fmt: skip
+    trainer = trl.KTOTrainer(
+        policy,
+        plain_model(folder, "AutoModelForCausalLM"),
+        arguments,
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer(folder),
+    )
+    assert_equal(module, batch, *first_log(trainer))
+    assert float(module.baseline) == pytest.approx(trainer.state.log_history[0]["kl"], abs=TOLERANCE)
+    assert float(module.baseline) > 0.01
 
 
 def test_dpo_with_lora(folder: str, tmp_path: Path) -> None:

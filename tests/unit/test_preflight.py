@@ -502,7 +502,7 @@ class Own(PreferenceLoss):
         (DPOLoss(0.1), math.log(2)),
         (DPOLoss(3.0, 0.2), math.log(2)),
         (IPOLoss(0.1), 25.0),
-        (IPOLoss(0.01, True), 2500.0),
+        (IPOLoss(0.01, average_log_prob=True), 2500.0),
     ],
 )
 def test_losses_of_known_value(loss: PreferenceLoss, known: float, place: Place) -> None:

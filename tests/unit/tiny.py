@@ -169,6 +169,7 @@ class Step:
         module.zero_grad()
         self.totals: dict[str, float] = {}
         units = module.units(batch)
+        module.prepare(batch)
         for micro_batch in batch.micro_batches() if cut else [batch]:
             for share in module.shares(micro_batch, units):
                 share.loss.backward()
