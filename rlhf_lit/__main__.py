@@ -1,6 +1,7 @@
 """The front door: answers ``--help`` before anything heavy is imported, and turns errors into one line.
 
-Exit status: 0 done, 1 a bug (with its traceback), 2 something the user can mend (one line), 130 interrupted.
+Exit status: 0 done, 1 a bug (with its traceback), 2 something the user can mend (one line), 130 interrupted,
+143 terminated; `sweep` ends with 1 where an arm failed.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import sys
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("train a model: SFT, RewardModel, PPO, RLOO, GRPO or DPO", "rlhf_lit.cli:main"),
+    "fit": ("train a model: SFT, RewardModel, PPO, RLOO, GRPO, DPO or KTO", "rlhf_lit.cli:main"),
     "validate": ("losses and accuracies on the validation rows", "rlhf_lit.cli:main"),
     "test": ("the same on the test rows", "rlhf_lit.cli:main"),
     "predict": ("completions, or a reward model's scores, to predictions.jsonl", "rlhf_lit.cli:main"),
+    "sweep": ("the arms of a W&B sweep file, without W&B", "rlhf_lit.sweep.command:main"),
     "memory": ("what a configuration needs, and the largest micro-batch that fits", "rlhf_lit.memory.command:main"),
+    "evaluate": ("win rate, best-of-n, KL and accuracy on pairs", "rlhf_lit.evaluation.command:main"),
     "chat": ("talk to a model in the terminal", "rlhf_lit.chat:main"),
     "export": (
         "write a trained model for plain transformers or peft, merged or as an adapter",
         "rlhf_lit.export.command:main",
     ),
     "cache": ("what is cached (tokens, log-probs of references), and clearing it", "rlhf_lit.cache:main"),
-    "playground": ("make preference pairs in the built-in world from a model's own samples", "rlhf_lit.pairs:main"),
+    "playground": ("make pairs or ranked lists in the built-in world from a model's samples", "rlhf_lit.pairs:main"),
+    "score": ("a reward model's scores of every row of a file", "rlhf_lit.score:main"),
     "quickstart": (
         "SFT, reward model, PPO and DPO in the built-in world, with a scoreboard",
         "rlhf_lit.quickstart:main",

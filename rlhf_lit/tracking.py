@@ -138,6 +138,8 @@ class WandB(WandbLogger):
     def use_folder(self, folder: Path, name: str) -> None:
         """Keep W&B's files in the run's folder, and continue the W&B run that was begun there."""
         self._save_dir = self._wandb_init["dir"] = str(folder.absolute())
+        if _has_agent():  # which names the run, and says which it is
+            return
         self._wandb_init["name"] = self._name = self._name or name
         known = folder / "wandb_id.txt"
         if self._id is None and known.is_file():
@@ -167,11 +169,13 @@ class WandB(WandbLogger):
 
         mode: Literal["offline"] | None = "offline" if self._offline else None
         settings = wandb.Settings(init_timeout=INIT_TIMEOUT, finish_timeout=60)
-        run = wandb.init(**self._wandb_init, mode=mode, settings=settings, reinit="finish_previous")
+        agents = ("project", "entity", "id") if _has_agent() else ()  # W&B would ignore ours, with a warning for each
+        init = {key: value for key, value in self._wandb_init.items() if key not in agents}
+        run = wandb.init(**init, mode=mode, settings=settings, reinit="finish_previous")
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         self._experiment = run
-        if self._save_dir and Path(self._save_dir).is_dir():
+        if self._save_dir and Path(self._save_dir).is_dir() and not run.disabled:
             Path(self._save_dir, "wandb_id.txt").write_text(f"{run.id}\n", encoding="utf-8")
 
     def _go_offline(self, reason: object) -> None:
@@ -213,6 +217,11 @@ class WandB(WandbLogger):
             self._wandb_init["id"] = self._id = run.id
             self._guard(lambda: run.finish(exit_code=0 if status == "success" else 1))
             self._experiment = None
+
+
+def _has_agent() -> bool:
+    """Whether this process is an arm of `wandb agent`'s."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def _no_wandb() -> str | None:
