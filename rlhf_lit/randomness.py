@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Purposes keep streams of the same (seed, step) apart.
-PURPOSES = {"step": 0, "shuffle": 1, "minibatches": 2, "sampling": 3, "validation": 4, "rollout": 5}
+PURPOSES = {"step": 0, "shuffle": 1, "minibatches": 2, "sampling": 3, "validation": 4, "rollout": 5, "bootstrap": 6}
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9

@@ -1,0 +1,5 @@
+"""What a trained model is worth: on its own (``python -m rlhf_lit evaluate``) and in the loop (``WinRate``)."""
+
+from rlhf_lit.evaluation.callback import WinRate
+
+__all__ = ["WinRate"]

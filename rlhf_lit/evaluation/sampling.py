@@ -8,7 +8,7 @@ import torch
 
 from rlhf_lit.algorithms.writing import WritingAlgorithm
 from rlhf_lit.batches import PromptBatch, Sequences
-from rlhf_lit.data.chat import ChatFormat
+from rlhf_lit.data.chat import ChatFormat, Template
 from rlhf_lit.data.records import Message
 from rlhf_lit.rollout.engine import Samples
 
@@ -16,7 +16,11 @@ SCORING_TOKENS = 32768
 
 
 def draw(
-    module: WritingAlgorithm, conversations: Sequence[Sequence[Message]], samples: int = 1, stream: int = 0
+    module: WritingAlgorithm,
+    conversations: Sequence[Sequence[Message]],
+    samples: int = 1,
+    stream: int = 0,
+    template: Template = "auto",
 ) -> tuple[Samples, list[list[str]]]:
     """Sample responses with noise keyed by (seed, stream, row, sample).
 
@@ -25,18 +29,19 @@ def draw(
         conversations: what to answer, as turns.
         samples: responses to each.
         stream: keeps this round of sampling apart from another.
+        template: how a conversation becomes text.
 
     Returns:
         The samples, ``samples`` rows for each conversation, and their texts by conversation.
     """
-    chat = ChatFormat(module.tokenizer)
-    tokens = [chat.prompt(turns) for turns in conversations for _ in range(samples)]
+    chat = ChatFormat(module.tokenizer, template)
+    tokens = [row for turns in conversations for row in [chat.prompt(turns)] * samples]
     rows = torch.arange(len(tokens))
     prompts = PromptBatch(
         Sequences.pad(tokens, [[False] * len(row) for row in tokens]),
         rows // samples,
         rows % samples,
-        tuple(turns[-1].content for turns in conversations for _ in range(samples)),
+        tuple(prompt_text(chat, turns) for turns in conversations for _ in range(samples)),
         tuple({} for _ in rows),
         SCORING_TOKENS,
     )
@@ -44,3 +49,8 @@ def draw(
     drawn = module.respond(prompts.to(module.device), stream)
     texts = module.response_texts(drawn)
     return drawn, [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
+def prompt_text(chat: ChatFormat, turns: Sequence[Message]) -> str:
+    """A prompt as a judge and a reader see it: a single turn bare, a dialogue rendered."""
+    return turns[0].content if len(turns) == 1 else chat.render_prompt(turns)

@@ -10,35 +10,18 @@ import numpy as np
 import torch
 
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.batches import cut_by_tokens
 from rlhf_lit.data import playground
 from rlhf_lit.data.records import Message
+from rlhf_lit.evaluation.best_of_n import best_of_n_kl
+from rlhf_lit.evaluation.divergence import kl_per_response
+from rlhf_lit.evaluation.estimates import Estimate
 from rlhf_lit.evaluation.sampling import SCORING_TOKENS, draw
-from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.comparison import compare_with_reference
+from rlhf_lit.evaluation.win_rate import wins
 from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer
-from rlhf_lit.rollout.engine import Samples, Sampling
+from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import score_sequences
 
 BEST_OF = 4
-Z = 1.959964  # two-sided 95 % of a normal distribution
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % interval (normal approximation over prompts)."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Any) -> Estimate:
-        """From one value per prompt."""
-        array = np.asarray(values, dtype=float)
-        mean = float(array.mean())
-        half = Z * float(array.std(ddof=1)) / len(array) ** 0.5 if len(array) > 1 else float("nan")
-        return cls(mean, mean - half, mean + half)
 
 
 @dataclass(frozen=True)
@@ -84,34 +67,22 @@ def scoreboard(
         module.roles.use_reference(reference)
         samples, texts = draw(module, conversations)
         responses[name] = [row[0] for row in texts]
-        kl[name] = exact_kl_per_response(module, samples)
+        kl[name] = kl_per_response(module, samples.sequences)[0].tolist()
         lengths[name] = samples.sequences.mask.sum(-1).tolist()
         if name == "sft":
             _, rival_texts = draw(module, conversations, stream=1)
             best_name = f"sft_best_of_{BEST_OF}"
             responses[best_name], lengths[best_name] = _best_of(module, conversations, reward)
-            # The exact KL of best-of-n, for scores without ties; an upper bound with them (Beirami et al. 2024).
-            kl[best_name] = [float(np.log(BEST_OF) - (BEST_OF - 1) / BEST_OF)] * len(prompts)
+            kl[best_name] = [best_of_n_kl(BEST_OF)] * len(prompts)
             rivals = [row[0] for row in rival_texts]
             rival_gold = np.array(playground.gold_reward(prompts, rivals))
     rows = {}
     for name, texts_of in responses.items():
         gold = np.array(playground.gold_reward(prompts, texts_of))
-        wins = (gold > rival_gold) + 0.5 * (gold == rival_gold)
-        rows[name] = Row(Estimate.of(gold), Estimate.of(wins), Estimate.of(kl[name]), Estimate.of(lengths[name]))
+        won, tied = wins(gold[:, None], rival_gold[:, None])
+        points = (won + tied / 2).ravel()
+        rows[name] = Row(Estimate.of(gold), Estimate.of(points), Estimate.of(kl[name]), Estimate.of(lengths[name]))
     return rows, responses
-
-
-@torch.no_grad()
-def exact_kl_per_response(module: SFT, samples: Samples) -> list[float]:
-    """Σ_t Σ_v π(log π − log π₀) of each sampled response: exact per prefix, one sample of prefixes."""
-    sequences = samples.sequences
-    result = torch.zeros(len(sequences))
-    for rows in cut_by_tokens(sequences.lengths, SCORING_TOKENS):
-        part = sequences.select(rows)
-        comparison = compare_with_reference(module.roles, part, module.sampling.temperature)
-        result[rows] = row_sums(comparison.exact_kl, part.mask).float()
-    return result.tolist()
 
 
 def _best_of(module: SFT, conversations: list[list[Message]], reward: str) -> tuple[list[str], list[int]]:

@@ -11,8 +11,10 @@ from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.data import playground
 from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation import scoreboard as board
+from rlhf_lit.evaluation.divergence import kl_per_response
+from rlhf_lit.evaluation.estimates import Estimate
 from rlhf_lit.evaluation.sampling import SCORING_TOKENS, draw
-from rlhf_lit.evaluation.scoreboard import BEST_OF, Estimate, as_json, exact_kl_per_response, scoreboard
+from rlhf_lit.evaluation.scoreboard import BEST_OF, as_json, scoreboard
 from rlhf_lit.export.saving import save_hf
 from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer
 from rlhf_lit.rollout.engine import Sampling
@@ -57,7 +59,7 @@ def test_sfts_kl_to_itself_is_zero_and_anothers_is_not(folders: dict[str, str]) 
         module = policy(folders[name])
         module.roles.use_reference(load_causal_lm(Base(name=folders["sft"])))
         samples, _ = draw(module, conversations())
-        kl = exact_kl_per_response(module, samples)
+        kl = kl_per_response(module, samples.sequences)[0].tolist()
         assert len(kl) == len(PROMPTS)
         assert (kl == [0.0] * len(PROMPTS)) == zero
         assert min(kl) >= 0

@@ -1,0 +1,70 @@
+"""Win rates: one model's responses against a baseline's to the same prompts, by a judge's scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf_lit.evaluation.estimates import Array, Estimate, bootstrap, correlation
+
+SIMILAR = 0.1
+
+
+@dataclass(frozen=True)
+class HeadToHead:
+    """Every sample of the model is compared with every sample of the baseline to the same prompt.
+
+    Attributes:
+        win_rate: wins + ½ ties.
+        win, tie, loss: shares of the comparisons: the model's score is higher, equal, lower.
+        difference: score − baseline's score.
+        length_difference: tokens − baseline's tokens.
+        similar: share of the comparisons between responses whose lengths are within 10 % of the longer of the two.
+        similar_win_rate: wins + ½ ties among those alone.
+        length_correlation: Pearson's, over prompts, between the mean score difference and the mean length difference.
+    """
+
+    win_rate: Estimate
+    win: Estimate
+    tie: Estimate
+    loss: Estimate
+    difference: Estimate
+    length_difference: Estimate
+    similar: Estimate
+    similar_win_rate: Estimate
+    length_correlation: Estimate
+
+
+def wins(scores: Array, baseline: Array) -> tuple[Array, Array]:
+    """[prompts, S] and [prompts, S'] scores → [prompts, S, S'] whether it wins, and whether it ties; 0 or 1."""
+    ours, theirs = scores[:, :, None], baseline[:, None, :]
+    return (ours > theirs).astype(float), (ours == theirs).astype(float)
+
+
+def head_to_head(scores: Array, baseline: Array, lengths: Array, baseline_lengths: Array) -> HeadToHead:
+    """Compare scores of responses.
+
+    Args:
+        scores, lengths: [prompts, S] the model's, lengths in tokens.
+        baseline, baseline_lengths: [prompts, S'] the baseline's.
+    """
+    won, tied = wins(scores, baseline)
+    points = won + tied / 2
+    longer = np.maximum(lengths[:, :, None], baseline_lengths[:, None, :])
+    apart = lengths[:, :, None] - baseline_lengths[:, None, :]
+    similar = (np.abs(apart) <= SIMILAR * longer).astype(float)
+    near = similar.mean((1, 2))
+    among = np.divide((points * similar).mean((1, 2)), near, out=np.zeros_like(near), where=near > 0)
+    difference, length_difference = scores.mean(1) - baseline.mean(1), lengths.mean(1) - baseline_lengths.mean(1)
+    return HeadToHead(
+        win_rate=Estimate.bootstrap(points.mean((1, 2))),
+        win=Estimate.bootstrap(won.mean((1, 2))),
+        tie=Estimate.bootstrap(tied.mean((1, 2))),
+        loss=Estimate.bootstrap((1 - won - tied).mean((1, 2))),
+        difference=Estimate.bootstrap(difference),
+        length_difference=Estimate.bootstrap(length_difference),
+        similar=Estimate.bootstrap(near),
+        similar_win_rate=Estimate.ratio(among, near),
+        length_correlation=bootstrap(correlation, difference, length_difference),
+    )
