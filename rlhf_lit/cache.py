@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -16,13 +14,11 @@ from rlhf_lit.cli import Parser
 from rlhf_lit.errors import UserError
 from rlhf_lit.reference_cache import catalogue
 from rlhf_lit.reference_cache.catalogue import StoredReference
-from rlhf_lit.reference_cache.store import ABANDONED
 
 DEFAULT = "~/.cache/rlhf_lit"
 # Digits of a digest that are shown.
 SHOWN = 12
 _TOKENS = re.compile(r"[0-9a-f]{32}\.arrow")
-_UNFINISHED = re.compile(r"([0-9a-f]{32}\.)?[0-9a-f]{32}\.partial")
 
 
 def show(cache: str = DEFAULT) -> None:
@@ -77,7 +73,7 @@ def clear(
     files = size = 0
     try:
         if tokens or everything:
-            files, size = _remove([*_token_files(folder), *_abandoned(folder)])
+            files, size = _remove([*_token_files(folder), *catalogue.abandoned(folder)])
         for stored in chosen:
             removed = _remove_reference(stored.folder)
             files, size = files + removed[0], size + removed[1]
@@ -96,14 +92,6 @@ def _folder(cache: str) -> Path:
 
 def _token_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*.arrow") if _TOKENS.fullmatch(file.name))
-
-
-def _abandoned(folder: Path) -> Iterator[Path]:
-    """Files that a process that is gone left unfinished."""
-    for file in folder.glob("*.partial"):
-        with suppress(FileNotFoundError):
-            if _UNFINISHED.fullmatch(file.name) and time.time() - file.stat().st_mtime > ABANDONED:
-                yield file
 
 
 def _named(prefix: str, stored: list[StoredReference], folder: Path) -> StoredReference:
@@ -125,8 +113,8 @@ def _remove_reference(folder: Path) -> tuple[int, int]:
         print(f"left alone: {folder}, another process is building in it")
         return 0, 0
     try:
-        ours = [file for file in folder.glob("*.partial") if _UNFINISHED.fullmatch(file.name)]
-        removed = _remove([*catalogue.segment_files(folder), *ours, folder / catalogue.DESCRIPTION])
+        ours = [*catalogue.segment_files(folder), *catalogue.unfinished(folder), folder / catalogue.DESCRIPTION]
+        removed = _remove(ours)
         (folder / catalogue.LOCK).unlink(missing_ok=True)
     finally:
         lock.release()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from rlhf_lit.reference_cache import segments
 ROOM = "reference"
 DESCRIPTION = "reference.json"
 LOCK = "building.lock"
+# Age in seconds at which an unfinished file has nobody any more who would finish it.
+ABANDONED = 3600.0
+_UNFINISHED = re.compile(r"([0-9a-f]{32}\.)?[0-9a-f]{32}\.partial")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
@@ -28,6 +33,19 @@ def segment_files(folder: Path) -> list[Path]:
         return sorted(file for file in folder.iterdir() if segments.NAME.fullmatch(file.name))
     except FileNotFoundError:
         return []
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Files that somebody writes, or wrote until a kill: segments, and in the cache itself tokenised files."""
+    return sorted(file for file in folder.glob("*.partial") if _UNFINISHED.fullmatch(file.name))
+
+
+def abandoned(folder: Path) -> Iterator[Path]:
+    """Those that nobody writes any more."""
+    for file in unfinished(folder):
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                yield file
 
 
 def description(folder: Path) -> dict[str, Any]:

@@ -50,10 +50,6 @@ class Segment:
     starts: Any
     values: Any
 
-    def tokens(self, row: int) -> int:
-        """How many values a row has."""
-        return int(self.starts[row + 1] - self.starts[row])
-
     def row(self, row: int) -> Any:
         """[tokens] a row's values, in the file's own memory."""
         return self.values[self.starts[row] : self.starts[row + 1]]
