@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from rlhf_lit.cli import Parser
@@ -47,28 +48,28 @@ def sweep(
         raise UserError(f"--count: at least one arm, not {count}")
     content = read(file)
     folder = Folder(to or FOLDER / file.stem)
-    lock = None
-    if resume:
-        if not folder.exists():
-            raise UserError(f"--resume: no sweep in {folder.path}; leave it out to start one")
-        lock = folder.lock()  # before the records are read: nobody else is changing them
-        call = _continued(folder, Call(content.method, seed or 0, count, content.metric), seed)
-    else:
-        _refuse_taken(folder)
-        call = Call(content.method, seed or 0, count, content.metric)
-    whole = plan(content, folder, call)
-    print(f"checking {len(whole.arms)} arms", file=sys.stderr)
-    resolved = check_arms(whole)
-    if dry_run:
-        for arm in whole.arms:
-            if arm.status != "finished":
-                print(shlex.join(whole.command(arm)))
-        return 0
-    if lock is None:
-        lock = folder.lock()
-        _refuse_taken(folder)  # somebody may have been faster
-    begin(whole, resolved)
-    return Runner(whole, jobs, lock).run()
+    with ExitStack() as held:
+        if resume:
+            if not folder.exists():
+                raise UserError(f"--resume: no sweep in {folder.path}; leave it out to start one")
+            lock = held.enter_context(folder.lock())  # before the records are read: nobody else is changing them
+            call = _continued(folder, Call(content.method, seed or 0, count, content.metric), seed)
+        else:
+            _refuse_taken(folder)
+            call = Call(content.method, seed or 0, count, content.metric)
+        whole = plan(content, folder, call)
+        print(f"checking {len(whole.arms)} arms", file=sys.stderr)
+        resolved = check_arms(whole)
+        if dry_run:
+            for arm in whole.arms:
+                if arm.status != "finished":
+                    print(shlex.join(whole.command(arm)))
+            return 0
+        if not resume:
+            lock = held.enter_context(folder.lock())
+            _refuse_taken(folder)  # somebody may have been faster
+        begin(whole, resolved)
+        return Runner(whole, jobs, lock).run()
 
 
 def _refuse_taken(folder: Folder) -> None:

@@ -10,7 +10,8 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +97,8 @@ class Folder:
         """An arm's own folder."""
         return self.path / arm.name
 
-    def lock(self) -> int:
+    @contextmanager
+    def lock(self) -> Iterator[int]:
         """A descriptor of the lock, which this process and the arms it starts hold until all of them have ended.
 
         Raises:
@@ -115,7 +117,10 @@ class Folder:
             raise UserError(
                 f"{self.path}: this sweep is at work (processes {', '.join(running) or '?'}): wait for it, or end it"
             ) from error
-        return descriptor
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def begin(self, text: str, call: Call) -> None:
         """The records of the sweep itself; a resumed one's replace them."""
