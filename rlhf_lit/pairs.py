@@ -1,4 +1,4 @@
-"""``playground``: preference pairs in the built-in world, from a policy's own samples."""
+"""``playground``: preference pairs or ranked lists in the built-in world, from a policy's own samples."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def write_pairs(
     split: Literal["train", "held_out"] = "train",
     samples: int = 4,
     max_new_tokens: int = 24,
+    ranked: bool = False,
     world: playground.World = playground.World(),
 ) -> int:
     """Let a policy answer the world's prompts several times, and a noisy rater compare its answers.
@@ -32,13 +33,14 @@ def write_pairs(
         split: which of the world's prompts.
         samples: answers to each prompt; every two that differ make a pair.
         max_new_tokens: longest answer.
+        ranked: write one list a prompt, {prompt, answers, ranks}, in the place of its pairs.
         world: the built-in world.
 
     Returns:
-        The number of pairs.
+        The number of pairs, or of lists.
 
     Raises:
-        UserError: there is no pair.
+        UserError: there is none.
     """
     module = SFT(Base(name=model), sampling=Sampling(max_new_tokens=max_new_tokens, rows_at_once=512))
     module.configure_model()
@@ -46,23 +48,24 @@ def write_pairs(
     # A prompt that comes twice would give its pairs twice: noise is keyed by the row, the rater's mistakes by the text.
     prompts = list(dict.fromkeys(prompts))
     _, texts = draw(module, [[Message("user", prompt)] for prompt in prompts], samples)
-    pairs = playground.preference_pairs(prompts, texts, world)
-    if not pairs:
+    label = playground.ranked_lists if ranked else playground.preference_pairs
+    rows = label(prompts, texts, world)
+    if not rows:
         raise UserError(f"{model}: no two of its answers to a prompt differ in worth; train it longer, or sample more")
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_name(to.name + ".partial")
-    partial.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     partial.replace(to)
-    return len(pairs)
+    return len(rows)
 
 
 def main(argv: list[str]) -> int:
     """Run ``playground``."""
-    parser = Parser(prog="rlhf-lit playground", description="Preference pairs in the built-in world.")
+    parser = Parser(prog="rlhf-lit playground", description="Preference pairs or ranked lists in the built-in world.")
     parser.add_function_arguments(write_pairs)
     arguments = parser.parse_args(argv)
     arguments = parser.instantiate_classes(arguments)
     hush()
     count = write_pairs(**arguments.as_dict())
-    print(f"{count} pairs in {arguments.to}")
+    print(f"{count} {'ranked lists' if arguments.ranked else 'pairs'} in {arguments.to}")
     return 0

@@ -23,6 +23,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
+from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.errors import UserError
 from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.runs import CHECKPOINTS, EXPORT
@@ -65,7 +66,9 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last step is always saved, whatever the interval."""
+        """The last step is always saved, whatever the interval; again where training ended with more than that step."""
+        if isinstance(pl_module, RewardModel) and pl_module.normalisation is not None:
+            self._last_global_step_saved = -1
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)

@@ -1,26 +1,50 @@
-"""A reward model from preference pairs (Bradley–Terry; Ouyang et al. 2022, arXiv 2203.02155, Eq. 1).
+"""A reward model from preference pairs or ranked lists (Bradley–Terry; Ouyang et al. 2022, arXiv 2203.02155, Eq. 1).
 
 The score is a scalar head on the hidden state of the last real token, found from the row's length, so that padding
-and company in the batch do not change it. After training a constant is added so that chosen (reference) responses
-of the training data score 0 on average (Stiennon et al. 2020, arXiv 2009.01325); it is saved with the model.
+and company in the batch do not change it. Each answer goes through the model once, however many pairs it is in. After
+training a constant is added so that the preferred (reference) responses of the training data score 0 on average
+(Stiennon et al. 2020, arXiv 2009.01325), and on request the head is scaled; both are saved with the model.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 from torchmetrics.regression import PearsonCorrCoef
 
 from rlhf_lit.algorithms.base import Algorithm, Optimizer, Schedule, Share
-from rlhf_lit.batches import PreferenceBatch, Sequences
-from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
+from rlhf_lit.batches import Comparisons, PreferenceBatch, RankedBatch, Sequences
+from rlhf_lit.errors import UserError
+from rlhf_lit.losses.bradley_terry import BradleyTerryLoss, list_shares
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, load_scorer, unwrapped
 from rlhf_lit.rollout.rewards import score_sequences
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What was made of the scores after training: score = scale · (the trained head's) + bias.
+
+    Attributes:
+        scale: what the head was multiplied by.
+        bias: the constant that is added to every score.
+        head: the head's parameters as they were trained, by their names in the module.
+        trained_bias: the constant that was added in training (of a base that was a reward model already).
+    """
+
+    scale: float
+    bias: float
+    head: dict[str, Tensor]
+    trained_bias: float
 
 
 class RewardModel(Algorithm):
@@ -33,10 +57,17 @@ class RewardModel(Algorithm):
         optimizer: which optimizer.
         schedule: learning rate over the run.
         centre_pairs: after training, shift the scores so that the chosen responses of the first so many training pairs
-            average 0; 0 leaves them.
+            (of ranked lists: their best answers) average 0; 0 leaves them.
+        unit_variance: then also scale them so that all responses of those pairs have standard deviation 1.
     """
 
     progress_metrics = ("accuracy",)
+    metric_units = {  # noqa: RUF012
+        **dict.fromkeys(("accuracy", "margin", "score_chosen", "score_rejected"), "pairs"),
+        **dict.fromkeys(("score_mean", "score_square"), "answers"),
+    }
+    # Asked by a data module whose batches are ranked lists.
+    compares_answers = True
 
     def __init__(
         self,
@@ -46,11 +77,18 @@ class RewardModel(Algorithm):
         optimizer: Optimizer = Optimizer(),
         schedule: Schedule = Schedule(),
         centre_pairs: int = 512,
+        unit_variance: bool = False,
     ) -> None:
         super().__init__(base, learning_rate, optimizer, schedule)
+        if centre_pairs < 0:
+            raise UserError(f"model.centre_pairs must be at least 0, not {centre_pairs}")
+        if unit_variance and not centre_pairs:
+            raise UserError("model.unit_variance: needs pairs to measure the scores on; set model.centre_pairs above 0")
         self.loss = loss
         self.centre_pairs = centre_pairs
+        self.unit_variance = unit_variance
         self.scorer: nn.Module
+        self.normalisation: Normalisation | None = None
         # The stage under evaluation, whose pair metrics take the scores in as they are made.
         self._evaluating: str | None = None
         # Calibration of σ(r_w − r_l), and whether the score is a measure of length.
@@ -65,50 +103,53 @@ class RewardModel(Algorithm):
     def modes(self) -> None:
         self.scorer.train()
 
-    def units(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        return {"pairs": torch.tensor(float(len(batch)), device=self.device)}
+    def units(self, batch: PreferenceBatch | RankedBatch) -> dict[str, Tensor]:
+        compared = batch.comparisons()
+        counts = {"prompts": len(batch), "pairs": len(compared.better), "answers": len(compared.answers)}
+        return {name: torch.tensor(float(count), device=self.device) for name, count in counts.items()}
 
     @property
     def weight_of(self) -> str:
-        return "pairs"
+        return "prompts"
 
     def scores(self, sequences: Sequences) -> Tensor:
-        """[rows] scores, the centring constant included."""
+        """[rows] scores, the constant included."""
         inner = unwrapped(self.scorer)
         return sequence_scores(self.scorer, inner.score, sequences) + reward_bias(inner)
 
-    def shares(self, batch: PreferenceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
-        sides = batch.chosen.join(batch.rejected)  # one forward for both sides
-        scores = self.scores(sides)
-        chosen, rejected = scores.chunk(2)
+    def shares(self, batch: PreferenceBatch | RankedBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+        compared = batch.comparisons()
+        scores = self.scores(compared.answers)
         if self._evaluating:
-            self._observe(scores, sides, self._evaluating)
-        losses = self.loss(chosen, rejected, batch.margin)
-        count = units["pairs"]
+            self._observe(scores, compared, self._evaluating)
+        better, worse = scores[compared.better], scores[compared.worse]
+        losses = list_shares(self.loss(better, worse, compared.margin), compared.siblings)
         with torch.no_grad():
-            metrics = {
-                "accuracy": (chosen > rejected).float().sum() / count,
-                "margin": (chosen - rejected).sum() / count,
-                "score_chosen": chosen.sum() / count,
-                "score_rejected": rejected.sum() / count,
-                "score_square": (chosen.square() + rejected.square()).sum() / (2 * count),
+            sums = {
+                "accuracy": (better > worse).float(),
+                "margin": better - worse,
+                "score_chosen": better,
+                "score_rejected": worse,
+                "score_mean": scores,
+                "score_square": scores.square(),
             }
-        yield Share(losses.sum() / count, metrics)
+            metrics = {name: values.sum() / units[self.metric_units[name]] for name, values in sums.items()}
+        yield Share(losses.sum() / units["prompts"], metrics)
 
-    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+    def evaluate(self, batch: PreferenceBatch | RankedBatch, stage: str) -> None:
         self._evaluating = stage
         super().evaluate(batch, stage)
         self._evaluating = None
 
-    def _observe(self, scores: Tensor, sides: Sequences, stage: str) -> None:
-        """Take a micro-batch's scores (chosen, then rejected) into the stage's calibration and length correlation."""
+    def _observe(self, scores: Tensor, compared: Comparisons, stage: str) -> None:
+        """Take a micro-batch's scores into the stage's calibration and length correlation."""
         calibration, correlation = self._pair_metrics(stage)
-        chosen, rejected = scores.chunk(2)
+        difference = scores[compared.better] - scores[compared.worse]
         # Each pair in both orders: with one alone every label is 1 and a constant 1 would look calibrated.
-        probability = torch.sigmoid(torch.cat([chosen - rejected, rejected - chosen]))
-        labels = torch.cat([torch.ones_like(chosen), torch.zeros_like(chosen)]).long()
+        probability = torch.sigmoid(torch.cat([difference, -difference]))
+        labels = torch.cat([torch.ones_like(difference), torch.zeros_like(difference)]).long()
         calibration.update(probability, labels)
-        correlation.update(scores, sides.mask.sum(-1).float())
+        correlation.update(scores, compared.answers.mask.sum(-1).float())
 
     def _pair_metrics(self, stage: str) -> tuple[BinaryCalibrationError, PearsonCorrCoef]:
         calibration, correlation = self.calibration[f"{stage}_pairs"], self.length_correlation[f"{stage}_pairs"]
@@ -126,17 +167,19 @@ class RewardModel(Algorithm):
         calibration, correlation = self._pair_metrics(stage)
         self.log(f"{stage}/calibration_error", calibration.compute())
         self.log(f"{stage}/length_correlation", correlation.compute())
-        averages = {name: self.average(f"{stage}/score_{name}") for name in ("chosen", "rejected", "square")}
-        mean = (averages["chosen"] + averages["rejected"]) / 2
-        self.log(f"{stage}/score_mean", mean)
-        self.log(f"{stage}/score_std", (averages["square"] - mean.square()).clamp(min=0).sqrt())
+        mean, square = (self.average(f"{stage}/score_{name}") for name in ("mean", "square"))
+        self.log(f"{stage}/score_std", (square - mean.square()).clamp(min=0).sqrt())
         calibration.reset()
         correlation.reset()
 
-    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """The scores of both sides of each pair (none where the last batch is smaller than the number of ranks)."""
+    def predict_step(self, batch: PreferenceBatch | RankedBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """The scores of both sides of each pair, or of each answer of a list (none where the last batch is smaller than
+        the number of ranks)."""
         if not len(batch):
             return []
+        if isinstance(batch, RankedBatch):
+            scores = score_sequences(self.scorer, batch.answers, batch.micro_batch_tokens)
+            return [{"scores": part.tolist()} for part in scores.split(batch.counts.tolist())]
         chosen, rejected = (
             score_sequences(self.scorer, side, batch.micro_batch_tokens) for side in (batch.chosen, batch.rejected)
         )
@@ -145,21 +188,95 @@ class RewardModel(Algorithm):
             for a, b in zip(chosen, rejected, strict=True)
         ]
 
-    def on_train_end(self) -> None:
+    # After training
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [_AfterTraining()]
+
+    def finish(self) -> None:
+        """Normalise the scores on the first training rows, as configured."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.centre_pairs and datamodule is not None:
-            self.centre(datamodule.batches_in_order(self.centre_pairs))
+            self.normalise(datamodule.batches_in_order(self.centre_pairs))
 
     @torch.no_grad()
-    def centre(self, batches: Iterable[PreferenceBatch]) -> None:
-        """Shift the scores so that the chosen responses of ``batches`` average 0."""
+    def normalise(self, batches: Iterable[PreferenceBatch | RankedBatch]) -> None:
+        """Shift the scores so that the preferred responses of ``batches`` average 0; with ``unit_variance`` scale them
+        so that all responses have standard deviation 1 (population). Scores that are no numbers are left alone."""
         training = self.scorer.training
         self.scorer.eval()
-        scores = [
-            self.scores(micro_batch.chosen)
-            for batch in batches
-            for micro_batch in batch.to(self.device).micro_batches()
-        ]
+        found: list[Tensor] = []
+        reference: list[Tensor] = []
+        for batch in batches:
+            for part in batch.to(self.device).micro_batches():
+                compared = part.comparisons()
+                # Without a scale to find, the preferred ones are enough.
+                rows = torch.arange(len(compared.best), device=compared.best.device)
+                rows = rows if self.unit_variance else rows[compared.best]
+                found.append(self.scores(compared.answers.select(rows)).double())
+                reference.append(compared.best[rows])
         self.scorer.train(training)
-        inner = unwrapped(self.scorer)
-        inner.config.reward_bias = reward_bias(inner) - float(torch.cat(scores).mean())
+        scores = torch.cat(found)
+        mean, spread = float(scores[torch.cat(reference)].mean()), float(scores.std(correction=0))
+        if not torch.isfinite(scores).all() or (self.unit_variance and not spread > 0):
+            what = "all the same" if torch.isfinite(scores).all() else "not finite"
+            _note(f"the scores of {len(scores)} responses are {what}: they were not normalised")
+            return
+        scale = 1 / spread if self.unit_variance else 1.0
+        head = {name: parameter.detach().clone() for name, parameter in self._head().items()}
+        bias = reward_bias(unwrapped(self.scorer))
+        self._put({name: value * scale for name, value in head.items()}, (bias - mean) * scale)
+        before = self.normalisation
+        self.normalisation = Normalisation(
+            scale * (before.scale if before else 1.0),
+            (bias - mean) * scale,
+            before.head if before else head,
+            before.trained_bias if before else bias,
+        )
+
+    def _head(self) -> dict[str, nn.Parameter]:
+        """The parameters of the head in force, by name."""
+        return {name: p for name, p in self.named_parameters() if "score" in name.split(".") and p.requires_grad}
+
+    @torch.no_grad()
+    def _put(self, head: dict[str, Tensor], bias: float) -> None:
+        for name, parameter in self._head().items():
+            parameter.copy_(head[name])
+        unwrapped(self.scorer).config.reward_bias = bias
+
+    # A checkpoint holds the head as it was trained, and the normalisation beside it: a run that goes on is the same to
+    # the bit as one that was not interrupted, and an evaluation of the checkpoint gives the exported model's scores.
+
+    def on_train_start(self) -> None:
+        if self.normalisation:
+            self._put(self.normalisation.head, self.normalisation.trained_bias)
+            self.normalisation = None
+        super().on_train_start()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.normalisation:
+            checkpoint["state_dict"].update(self.normalisation.head)
+            checkpoint["normalisation"] = {"scale": self.normalisation.scale, "bias": self.normalisation.bias}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if found := checkpoint.get("normalisation"):
+            head = {name: checkpoint["state_dict"][name] for name in self._head()}
+            checkpoint["state_dict"].update({name: value * found["scale"] for name, value in head.items()})
+            inner = unwrapped(self.scorer)
+            self.normalisation = Normalisation(found["scale"], found["bias"], head, reward_bias(inner))
+            inner.config.reward_bias = found["bias"]
+
+
+class _AfterTraining(Callback):
+    """Normalises before the last checkpoint is saved: Lightning asks the module itself only after its callbacks."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, RewardModel)
+        pl_module.finish()
+
+
+@rank_zero_only
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)

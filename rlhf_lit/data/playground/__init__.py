@@ -7,7 +7,7 @@ brief, and whether what should be declined is declined (and nothing else).
 
 from rlhf_lit.data.playground.reward import gold_reward, is_right
 from rlhf_lit.data.playground.tokenizer import train_tokenizer, write_model_folder
-from rlhf_lit.data.playground.world import World, demonstrations, preference_pairs, prompts
+from rlhf_lit.data.playground.world import World, demonstrations, preference_pairs, prompts, ranked_lists
 
 __all__ = [
     "World",
@@ -16,6 +16,7 @@ __all__ = [
     "is_right",
     "preference_pairs",
     "prompts",
+    "ranked_lists",
     "train_tokenizer",
     "write_model_folder",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, cycle, islice
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_lit.data.playground.grammar import KINDS, REFUSAL, Task, table
 from rlhf_lit.data.playground.reward import gold_reward
@@ -141,6 +141,40 @@ def prompts(world: World, split: Split) -> list[dict[str, str]]:
         raise UserError(f"the built-in world has the splits train and held_out, not {split!r}")
     count = world.prompts if split == "train" else world.held_out
     return [{"prompt": task.prompt, "kind": task.kind} for task in _draw(world, split, count, f"prompts/{split}")]
+
+
+def ranked_lists(prompts: Sequence[str], samples: Sequence[Sequence[str]], world: World) -> list[dict[str, Any]]:
+    """How a noisy rater orders a policy's own samples: by gold/noise plus Gumbel noise (Plackett–Luce).
+
+    Of any two samples she prefers the better one as often as the rater of ``preference_pairs`` does; samples of the
+    same worth tie. Which of two comes first depends on the seed, the prompt and their worths, never on what else is in
+    the list. A prompt whose samples are all worth the same is left out.
+
+    Args:
+        prompts: the instructions.
+        samples: two or more responses to each, as text.
+        world: its ``seed`` and ``noise``.
+
+    Returns:
+        Rows with ``prompt``, ``answers`` (each text once) and ``ranks`` (0 is the best).
+    """
+    lists: list[dict[str, Any]] = []
+    for prompt, responses in zip(prompts, samples, strict=True):
+        distinct = sorted(set(responses))
+        golds = gold_reward([prompt] * len(distinct), distinct)
+        appeal = {gold: _appeal(prompt, gold, world) for gold in golds}
+        order = sorted(appeal, key=lambda gold: -appeal[gold])
+        if len(order) > 1:
+            lists.append({"prompt": prompt, "answers": distinct, "ranks": [order.index(gold) for gold in golds]})
+    return lists
+
+
+def _appeal(prompt: str, gold: float, world: World) -> float:
+    """What a rater orders answers of this worth by."""
+    if not world.noise:
+        return gold
+    uniform = Random(f"{world.seed}/ranker/{prompt}\n{gold!r}").random()
+    return gold / world.noise - math.log(-math.log(max(uniform, 1e-300)))
 
 
 def preference_pairs(prompts: Sequence[str], samples: Sequence[Sequence[str]], world: World) -> list[dict[str, str]]:

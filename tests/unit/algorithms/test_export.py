@@ -70,7 +70,7 @@ def trained_scorer(base: Base) -> RewardModel:
     module = tiny.build(RewardModel(base))
     tiny.disturb(module, 0.05)
     module.eval()
-    module.centre([tiny.preferences()])
+    module.normalise([tiny.preferences()])
     return module
 
 
@@ -122,7 +122,7 @@ def test_centring_brings_the_chosen_responses_to_zero(llama: str, lora: LoRA | N
     with torch.no_grad():
         before = module.scores(pairs.chosen)
         for budget in (30, 1):
-            module.centre([tiny.preferences(budget)])
+            module.normalise([tiny.preferences(budget)])
             after = module.scores(pairs.chosen)
             assert float(after.mean()) == pytest.approx(0, abs=1e-6)
         torch.testing.assert_close(after - after.mean(), before - before.mean(), rtol=1e-5, atol=1e-6)

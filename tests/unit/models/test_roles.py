@@ -213,7 +213,7 @@ def test_a_critic_starts_with_the_reward_models_scores(llama: str, lora: LoRA | 
     """The value of a whole sequence's last state is the reward model's score, its centring constant included."""
     reward = tiny.build(RewardModel(Base(name=llama, lora=lora)))
     train(reward, tiny.preferences())
-    reward.centre([tiny.preferences()])
+    reward.normalise([tiny.preferences()])
     save_hf(reward, tmp_path)
     module = tiny.make_ppo(
         Base(name=llama, lora=lora), reward=RewardFromModel(str(tmp_path)), critic=tiny.Critic(init="reward")

@@ -37,7 +37,7 @@ def reward_run(base: Base, folder: Path, seed: int = 5) -> str:
     """A reward model that has left its start and was centred."""
     module = tiny.build(RewardModel(base))
     tiny.disturb(module, 0.02, seed)
-    module.centre([tiny.preferences()])
+    module.normalise([tiny.preferences()])
     save_hf(module, folder / f"reward{seed}")
     return str(folder / f"reward{seed}")
 
