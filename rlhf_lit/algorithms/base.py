@@ -187,7 +187,11 @@ class Algorithm(LightningModule):
         """Put a run that starts from a checkpoint exactly where it was, and let its own settings have the last word."""
         # `configure_optimizers` asks for the number of steps, which makes Lightning set the training loader up before
         # it reads the checkpoint; it then never hands the loader its state, and mid-epoch batches would be repeated.
-        self.trainer.fit_loop._load_combined_loader_states()
+        # Nor does it after a whole epoch, which is no restart to it: a longer run would begin with the first epoch's.
+        loop = self.trainer.fit_loop
+        if loop._combined_loader is not None and loop._combined_loader_states_to_load:
+            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+            loop._combined_loader_states_to_load = []
         self._apply_settings()
 
     def _apply_settings(self) -> None:
