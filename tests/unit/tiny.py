@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from rlhf_lit.algorithms import PPO
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.algorithms.ppo import Critic
-from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, PromptBatch, Sequences, SupervisedBatch
+from rlhf_lit.batches import (
+    ExperienceBatch,
+    PreferenceBatch,
+    PromptBatch,
+    RankedBatch,
+    Sequences,
+    SupervisedBatch,
+    UnpairedBatch,
+)
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.models.loading import Base
 from rlhf_lit.rollout.engine import Sampling
@@ -98,6 +106,33 @@ def preferences(budget: int = EVERYTHING) -> PreferenceBatch:
     padded = [Sequences.pad([t for t, _ in side], [m for _, m in side]) for side in sides]
     margin = torch.tensor([0.3, 0.0, 1.0, -0.2, 0.5, 0.1])
     return PreferenceBatch(padded[0], padded[1], margin, budget)
+
+
+def rankings(budget: int = EVERYTHING) -> RankedBatch:
+    """Four prompts with 3, 4, 2 and 4 ragged answers, with ties and without."""
+    generator = torch.Generator().manual_seed(5)
+    rows, masks = [], []
+    for prompt, answers in [(3, (1, 7, 2)), (1, (9, 2, 5, 0)), (6, (4, 3)), (2, (2, 11, 1, 6))]:
+        head = [BOS, *words(generator, prompt), EOS]
+        for size in answers:
+            rows.append([*head, *words(generator, size), EOS])
+            masks.append([False] * len(head) + [True] * (size + 1))
+    rank = torch.tensor([2, 0, 1, 0, 1, 1, 2, 1, 0, 3, 2, 1, 0])
+    rating = torch.tensor([0.0, 2.0, 1.5, 4.0, 1.0, 1.0, 0.5, -1.0, 3.0, 1.0, 2.0, 2.5, 9.0])
+    return RankedBatch(Sequences.pad(rows, masks), torch.tensor([3, 4, 2, 4]), rank, rating, budget)
+
+
+def unpaired(budget: int = EVERYTHING) -> UnpairedBatch:
+    """Twelve ragged responses, some of them good, and each prompt with the response of the row before it."""
+    pairs, generator = preferences(budget), torch.Generator().manual_seed(4)
+    good = torch.rand(12, generator=generator) < 0.5
+    assert 0 < int(good.sum()) < 12
+    sides = pairs.sides()
+    starts = sides.mask.int().argmax(-1).tolist()
+    found = [tokens[:n].tolist() for tokens, n in zip(sides.tokens, sides.lengths.tolist(), strict=True)]
+    mixed = [[*row[: starts[i]], *found[i - 1][starts[i - 1] :]] for i, row in enumerate(found)]
+    masks = [[False] * start + [True] * (len(row) - start) for row, start in zip(mixed, starts, strict=True)]
+    return UnpairedBatch(sides, Sequences.pad(mixed, masks), good, budget)
 
 
 def prompts(count: int = 8, budget: int = EVERYTHING, seed: int = 2) -> PromptBatch:
@@ -211,8 +246,12 @@ def widen(batch: Any, extra: int, fill: int = EOS) -> Any:
         past = torch.arange(s.tokens.shape[1])[None] >= s.lengths[:, None]
         return Sequences(longer(s.tokens.masked_fill(past, fill), fill), s.lengths, longer(s.mask, False))
 
+    if isinstance(batch, RankedBatch):
+        return replace(batch, answers=padded(batch.answers))
     if isinstance(batch, PreferenceBatch):
         return replace(batch, chosen=padded(batch.chosen), rejected=padded(batch.rejected))
+    if isinstance(batch, UnpairedBatch):
+        return replace(batch, sequences=padded(batch.sequences), mismatched=padded(batch.mismatched))
     if isinstance(batch, ExperienceBatch):
         rest = {name: longer(column) for name, column in batch.columns().items()}
         return replace(batch, sequences=padded(batch.sequences), **rest)

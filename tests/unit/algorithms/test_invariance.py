@@ -10,14 +10,14 @@ import pytest
 import tiny
 import torch
 
-from rlhf_lit.algorithms import DPO, GRPO, RLOO, SFT, RewardModel
+from rlhf_lit.algorithms import DPO, GRPO, KTO, RLOO, SFT, RewardModel
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.batches import Sequences
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
-from rlhf_lit.losses.preference import DPOLoss, IPOLoss
+from rlhf_lit.losses.preference import DPOLoss, IPOLoss, KTOLoss, ORPOLoss
 from rlhf_lit.models.loading import Base, LoRA
 
 TOLERANCE = 1e-9
@@ -33,6 +33,12 @@ def reward_model(base: Base) -> Case:
     return tiny.build(RewardModel(base, loss)).double(), tiny.preferences()
 
 
+def ranked_reward_model(base: Base) -> Case:
+    """Lists of unequal size: neither answers nor pairs may weigh as prompts do."""
+    loss = BradleyTerryLoss(centring=0.01, use_margin=True)
+    return tiny.build(RewardModel(base, loss)).double(), tiny.rankings()
+
+
 def dpo(base: Base) -> Case:
     module = tiny.build(DPO(base, DPOLoss(beta=0.5, label_smoothing=0.1)))
     tiny.disturb(module, 0.03)
@@ -43,6 +49,24 @@ def ipo(base: Base) -> Case:
     module = tiny.build(DPO(base, IPOLoss(beta=0.5, average_log_prob=True)))
     tiny.disturb(module, 0.03)
     return module.double(), tiny.preferences()
+
+
+def orpo(base: Base) -> Case:
+    """No reference, and an SFT term, whose denominator is tokens."""
+    module = tiny.build(DPO(base, ORPOLoss(beta=0.5), sft_coefficient=0.7))
+    return module.double(), tiny.preferences()
+
+
+def kto(base: Base) -> Case:
+    """z is of the whole batch, and above 0."""
+    module, batch = tiny.build(KTO(base, KTOLoss(beta=0.5, desirable_weight=1.4))), tiny.unpaired()
+    tiny.disturb(module, 0.03)
+    tiny.logprobs_of(module, batch.mismatched).sum().backward()
+    for parameter in module.trainable_parameters():
+        parameter.data += 3e-3 * parameter.grad  # type: ignore[operator]
+    module.double().prepare(batch)
+    assert float(module.baseline) > 0.1
+    return module, batch
 
 
 def ppo(base: Base) -> Case:
@@ -86,7 +110,7 @@ def grpo(base: Base) -> Case:
     return module.double(), experience
 
 
-CASES = [sft, reward_model, dpo, ipo, ppo, ppo_trunk, rloo, grpo]
+CASES = [sft, reward_model, ranked_reward_model, dpo, ipo, orpo, kto, ppo, ppo_trunk, rloo, grpo]
 
 
 @pytest.fixture(
@@ -128,6 +152,8 @@ def test_loss_and_gradients(case: Case) -> None:
 def test_the_loss_is_a_mean_over_what_it_says(case: Case) -> None:
     """Each row alone, recombined by its own tokens, pairs or episodes, gives the batch's loss: no mean of means."""
     module, batch = case
+    if isinstance(module, KTO) or getattr(module, "sft_coefficient", 0):
+        return  # z is a number of the whole batch, and an SFT term has a denominator of its own
     rows = [batch.select(torch.tensor([i])) for i in range(len(batch))]
     by_token = not isinstance(module, RLOO | GRPO)
     unit = next(iter(module.units(batch))) if by_token else "episodes"
