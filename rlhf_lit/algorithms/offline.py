@@ -118,15 +118,20 @@ class OfflineAlgorithm(WritingAlgorithm):
         self.roles = Roles(self.base)
         if not self.compares:
             return
-        if self.reference.precompute and self.trainer.state.fn != TrainerFn.PREDICTING:
-            self.cache = self._open_cache()
-            rows = self._rows_to_compare()
-            if self.reference.complete:
-                self.cache.require(rows)
-            if not self.cache.missing(rows):
-                _report(f"reference: all {len(rows)} responses are in {self.cache.folder}; no reference pass")
-                return
-        self.roles.add_reference(own=self.reference.update is not None)
+        if not self.reference.precompute or self.trainer.state.fn == TrainerFn.PREDICTING:
+            self.roles.add_reference(own=self.reference.update is not None)
+            return
+        if self.roles.shared:  # an adapter at most; whole models are copied where they are needed
+            self.roles.add_reference()
+        self.cache = self._open_cache()
+        rows = self._rows_to_compare()
+        if self.reference.complete:
+            self.cache.require(rows)
+        if not self.cache.missing(rows):
+            _report(f"reference: all {len(rows)} responses are in {self.cache.folder}; no reference pass")
+            self.roles.drop_reference()
+        elif not self.roles.shared:
+            self.roles.add_reference()
 
     def modes(self) -> None:
         self.roles.without_dropout()
@@ -187,7 +192,8 @@ class OfflineAlgorithm(WritingAlgorithm):
         self._precompute()
 
     def _open_cache(self) -> ReferenceCache:
-        with self.trainer.precision_plugin.forward_context(), self.roles.acting("policy") as model:  # it is the reference, still
+        role = "reference" if self.roles.has_reference else "policy"  # they are the same model still
+        with self.trainer.precision_plugin.forward_context(), self.roles.acting(role) as model:
             return ReferenceCache(self.reference.cache, identify(model))
 
     def _rows_to_compare(self) -> list[tuple[list[int], list[bool]]]:
@@ -217,7 +223,7 @@ class OfflineAlgorithm(WritingAlgorithm):
             return token_logprobs(model, sequences.to(self.device)).cpu()
 
         with self.trainer.precision_plugin.forward_context(), self.roles.acting("reference") as model:
-            count = self.cache.build(
+            self.cache.build(
                 rows,
                 compute,
                 FORWARD_BUDGET * datamodule.micro_batch_tokens,
@@ -228,7 +234,6 @@ class OfflineAlgorithm(WritingAlgorithm):
         for name, module in self.named_modules():
             module.training = training[name]
         self.roles.drop_reference()
-        _report(f"reference: {count} of {len(rows)} responses computed, the others were in {self.cache.folder}")
 
     # A reference that follows the policy
 

@@ -106,10 +106,10 @@ class Roles(nn.Module):
         return "reference" in self.models or "reference" in self._adapters
 
     def drop_reference(self) -> None:
-        """Free what the reference holds."""
+        """Free what the reference holds, if there is one."""
         if "reference" in self.models:
             del self.models["reference"]
-        elif self._adapters.pop("reference") is not None:
+        elif self._adapters.pop("reference", None) is not None:
             self.policy.delete_adapter("reference")
 
     def reference_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

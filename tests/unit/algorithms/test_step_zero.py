@@ -6,9 +6,18 @@ import pytest
 import tiny
 import torch
 
-from rlhf_lit.algorithms import DPO
+from rlhf_lit.algorithms import DPO, KTO
 from rlhf_lit.algorithms.base import Optimizer
-from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PreferenceLoss
+from rlhf_lit.losses.preference import (
+    APODownLoss,
+    APOZeroLoss,
+    DPOLoss,
+    HingeLoss,
+    IPOLoss,
+    KTOLoss,
+    PreferenceLoss,
+    RobustDPOLoss,
+)
 from rlhf_lit.models.loading import Base, LoRA
 
 LORAS = [None, LoRA(rank=4)]
@@ -26,6 +35,10 @@ def base(request: pytest.FixtureRequest, llama: str) -> Base:
         (DPOLoss(beta=3.0, label_smoothing=0.3), math.log(2)),
         (IPOLoss(beta=0.1), 25.0),
         (IPOLoss(beta=0.5, average_log_prob=True), 1.0),
+        (RobustDPOLoss(beta=0.3, label_smoothing=0.3), math.log(2)),
+        (HingeLoss(beta=0.3), 1.0),
+        (APOZeroLoss(beta=0.3), 1.0),
+        (APODownLoss(beta=0.3), 1.0),
     ],
 )
 def test_preference_losses(base: Base, loss: PreferenceLoss, expected: float) -> None:
@@ -34,6 +47,18 @@ def test_preference_losses(base: Base, loss: PreferenceLoss, expected: float) ->
         totals = tiny.Step(module, tiny.preferences(budget)).totals
         assert totals["loss"] == pytest.approx(expected, abs=1e-6 * max(1, expected))
         for name in ("margin", "accuracy", "reward_chosen", "reward_rejected"):
+            assert totals[name] == 0.0, name
+
+
+def test_kto(base: Base) -> None:
+    module = tiny.build(KTO(base, KTOLoss(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)))
+    for budget in (1, 60, tiny.EVERYTHING):
+        batch = tiny.unpaired(budget)
+        totals = tiny.Step(module, batch).totals
+        good = float(batch.desirable.float().mean())
+        assert totals["loss"] == pytest.approx((1.5 * good + 0.5 * (1 - good)) / 2, abs=1e-6)
+        assert totals["loss"] == pytest.approx(module.value_at_start(batch), abs=1e-6)
+        for name in ("baseline", "reward_desirable", "reward_undesirable"):
             assert totals[name] == 0.0, name
 
 
