@@ -206,6 +206,7 @@ def main(argv: list[str]) -> int:
     """Run ``evaluate``."""
     parser = Parser(
         prog="rlhf-lit evaluate",
+        allow_abbrev=False,
         usage="rlhf-lit evaluate MODEL [--config FILE] [--option=value ...]",
         description="What a model is worth: win rate, best-of-n, KL, accuracy on pairs (docs/evaluation.md).",
     )

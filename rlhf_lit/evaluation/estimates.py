@@ -6,6 +6,7 @@ each other, and their mean is one value.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -90,7 +91,8 @@ def bootstrap(statistic: Callable[..., Any], *columns: Array) -> Estimate:
     from scipy import stats
 
     size = len(columns[0])
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # resamples without a value, left out below
         found = float(statistic(*columns, axis=-1))
         if size < 2 or not np.isfinite(found):
             return Estimate(found, float("nan"), float("nan"))

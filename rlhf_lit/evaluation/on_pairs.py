@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlhf_lit.batches import Sequences, cut_by_tokens
 from rlhf_lit.data.records import Source
+from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.pairs import Score, pair_report, read_contests, score_contests
 from rlhf_lit.evaluation.report import Evaluation
-from rlhf_lit.evaluation.setup import Setup
+from rlhf_lit.evaluation.setup import Setup, is_reward_model
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import context_length, load_scorer, load_tokenizer
 from rlhf_lit.models.logprobs import token_logprobs
@@ -38,6 +40,8 @@ def on_pairs(found: Evaluation, setup: Setup, model: str, reference: str | None,
 
 
 def _reward_model(model: str, setup: Setup) -> tuple[Score, int | None]:
+    if Path(setup.base(model).folder).is_dir() and not is_reward_model(model):
+        raise UserError(f"pairs: {model} is no reward model; name --reference to judge by its log-ratio to that")
     scorer = load_scorer(setup.base(model), trained=True, frozen=True).to(setup.device)
 
     def score(sequences: Sequences) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,8 @@ from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.data import playground
 from rlhf_lit.data.chat import Template
 from rlhf_lit.data.records import OnBadRow
+from rlhf_lit.errors import UserError
+from rlhf_lit.export.trained import Trained
 from rlhf_lit.models.loading import Base, Dtype, load_causal_lm
 from rlhf_lit.rollout.engine import Sampling
 
@@ -48,10 +51,21 @@ class Setup:
         """A policy that can be sampled from, beside the reference it is compared with, on the device, in eval mode.
 
         Raises:
-            UserError: one of them cannot be loaded.
+            UserError: one of them is a reward model, or cannot be loaded.
         """
+        for one in (name, reference):
+            if one is not None and is_reward_model(one):
+                raise UserError(
+                    f"{one} is a reward model and writes no responses: give it as --judge, or --pairs alone"
+                )
         module = SFT(self.base(name), sampling=self.sampling)
         module.configure_model()
         if reference is not None:
             module.roles.use_reference(load_causal_lm(self.base(reference)))
         return module.to(self.device).eval()
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a folder holds a reward model: its weights would load as a language model's where the head is tied. Of a
+    hub name this is not asked."""
+    return Path(Base(name=name).folder).is_dir() and Trained.find(name, trust_remote_code=False).scorer

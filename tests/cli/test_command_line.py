@@ -18,7 +18,7 @@ from rlhf_lit.tracking import LiveProgress, PlainProgress, progress_bar
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = ROOT / "configs" / "overlays"
-SHIPPED = {path for path in ROOT.glob("configs/*/*.yaml") if path.parent != OVERLAYS}
+SHIPPED = {path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name not in ("overlays", "evaluate")}
 
 
 class StopAt(Callback):

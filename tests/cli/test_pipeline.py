@@ -20,7 +20,7 @@ from rlhf_lit.__main__ import main
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 OVERLAYS = CONFIGS / "overlays"
-SHIPPED = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent != OVERLAYS)
+SHIPPED = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("overlays", "evaluate"))
 ALGORITHMS = ("sft", "reward", "ppo", "dpo")
 WORLD = {"demonstrations": 1000, "prompts": 200, "held_out": 80}
 STEPS = 32
