@@ -101,7 +101,7 @@ def known_keys() -> set[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         found: set[str] = set()
-        for name in ("sft/qwen_0.5b", "reward/qwen_0.5b", "ppo/qwen_0.5b", "grpo/gsm8k", "dpo/qwen_0.5b"):
+        for name in ("sft/qwen_0.5b", "reward/ranked", "ppo/qwen_0.5b", "grpo/gsm8k", "dpo/qwen_0.5b"):
             found |= set(keys_of(parsed(["fit", f"--config=configs/{name}.yaml", *OVERLAYS])))
     return found
 
