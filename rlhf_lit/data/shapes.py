@@ -35,7 +35,7 @@ CHAT_COLUMNS = ("messages", "conversations")
 # Several answers to one prompt. `ranked` stands for their order too: the best comes first.
 LIST_COLUMNS = ("ranked", "answers", "responses", "completions")
 KNOWN_COLUMNS = frozenset((*PROMPT_COLUMNS, *ANSWER_COLUMNS, *CHAT_COLUMNS, "input", "system", "text")) | frozenset(
-    (*LIST_COLUMNS, "ranks", "scores", "chosen", "rejected", "margin", "score_chosen", "score_rejected")
+    (*LIST_COLUMNS, "ranks", "scores", "chosen", "rejected", "margin", "score_chosen", "score_rejected", "label")
 )
 # A turn begins at a marker after a blank line (or at the very start): "Human:" inside a turn is text.
 _HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
