@@ -30,7 +30,7 @@ class LoRA:
     Args:
         rank: r, the rank of the update.
         alpha: the update is scaled by alpha/r (rsLoRA: alpha/√r).
-        dropout: on the adapters' input. SFT and RewardModel only: PPO and DPO run without dropout and refuse it.
+        dropout: on the adapters' input. SFT and RewardModel only: the others run without dropout and refuse it.
         targets: "all-linear" (every linear layer but the heads), or the names of the layers.
         dora: weight-decomposed adapters (Liu et al. 2024, arXiv 2402.09353).
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
@@ -232,6 +232,11 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any], frozen: bool = Fal
             missing = set(loaded["missing_keys"])
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.name: {weights.folder!r} could not be loaded: {_first_line(error)}") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        several = ", such as a score head with several labels" if "num_labels" in extra else ""
+        raise UserError(f"base.name: {weights.folder!r} holds weights of other shapes{several}") from None
     scorer = "num_labels" in extra
     if scorer:
         _prepare_score_head(model, new="score.weight" in missing)

@@ -156,11 +156,11 @@ def ranked_lists(prompts: Sequence[str], samples: Sequence[Sequence[str]], world
         world: its ``seed`` and ``noise``.
 
     Returns:
-        Rows with ``prompt``, ``answers`` (each text once) and ``ranks`` (0 is the best).
+        Rows with ``prompt``, ``answers`` (each text once, blank ones left out) and ``ranks`` (0 is the best).
     """
     lists: list[dict[str, Any]] = []
     for prompt, responses in zip(prompts, samples, strict=True):
-        distinct = sorted(set(responses))
+        distinct = sorted({response for response in responses if response.strip()})
         golds = gold_reward([prompt] * len(distinct), distinct)
         appeal = {gold: _appeal(prompt, gold, world) for gold in golds}
         order = sorted(appeal, key=lambda gold: -appeal[gold])

@@ -219,10 +219,12 @@ def test_only_what_compares_answers_is_given_lists(module) -> None:
 def test_the_worlds_lists_order_as_its_pairs_do() -> None:
     """Ties are equal worths; without noise the order is the gold one; with noise any two are Bradley–Terry's."""
     asked = [row["prompt"] for row in prompts(World(), "train")][:800]
-    samples = [["1", "it is 1.", "i cannot help.", "2"] for _ in asked]
+    samples = [["1", "it is 1.", "i cannot help.", "2", " ", "1"] for _ in asked]
+    pair_samples = [["1", "it is 1.", "i cannot help.", "2"] for _ in asked]
     exact = ranked_lists(asked, samples, World(noise=0))
     assert len(exact) > 700
     for row in exact:
+        assert len(row["answers"]) == 4, "each text once, and no blank one"
         golds = gold_reward([row["prompt"]] * len(row["answers"]), row["answers"])
         order = sorted(set(golds), reverse=True)
         assert row["ranks"] == [order.index(gold) for gold in golds]
@@ -238,6 +240,6 @@ def test_the_worlds_lists_order_as_its_pairs_do() -> None:
                     p = 1 / (1 + math.exp(-(a - b) / 0.5))
                     right, expected, count = right + (row["ranks"][i] < row["ranks"][j]), expected + p, count + 1
                     variance += p * (1 - p)
-    assert count == len(preference_pairs(asked, samples, World(noise=0.5)))
+    assert count == len(preference_pairs(asked, pair_samples, World(noise=0.5)))
     assert abs(right - expected) < 5 * math.sqrt(variance)
     assert abs(count - expected) > 10 * math.sqrt(variance), "noise enough to tell"
