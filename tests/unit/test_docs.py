@@ -28,10 +28,10 @@ from rlhf_lit.data import records
 from rlhf_lit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-EXTENDING = ROOT / "docs" / "extending.md"
+EXTENDING = [ROOT / "docs" / "add_a_loss.md", ROOT / "docs" / "extending.md"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
-ALGORITHMS = ("SFT", "RewardModel", "PPO", "RLOO", "GRPO", "DPO")
+ALGORITHMS = ("SFT", "RewardModel", "PPO", "RLOO", "GRPO", "DPO", "KTO")
 ON_POLICY = ("PPO", "RLOO", "GRPO")
 OVERLAYS = ["--config=configs/overlays/qlora.yaml", "--config=configs/overlays/wandb.yaml"]
 ROOMS = ("configs", "docs", "rlhf_lit", "tests")
@@ -101,7 +101,14 @@ def known_keys() -> set[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         found: set[str] = set()
-        for name in ("sft/qwen_0.5b", "reward/ranked", "ppo/qwen_0.5b", "grpo/gsm8k", "dpo/qwen_0.5b"):
+        for name in (
+            *(f"{algorithm}/qwen_0.5b" for algorithm in ("sft", "ppo", "dpo")),
+            "reward/ranked",
+            "grpo/gsm8k",
+            "dpo/kto",
+            "dpo/tr_dpo",
+            "dpo/simpo",
+        ):
             found |= set(keys_of(parsed(["fit", f"--config=configs/{name}.yaml", *OVERLAYS])))
     return found
 
@@ -136,7 +143,7 @@ def commands_in(config: Path) -> list[str]:
 
 
 TYPED = sorted(
-    {command for page in PAGES if page != EXTENDING for command in commands_of(page)}
+    {command for page in PAGES if page not in EXTENDING for command in commands_of(page)}
     | {command for config in CONFIGS for command in commands_in(config)}
 )
 
@@ -191,7 +198,7 @@ def test_what_is_said_of_versions_and_places() -> None:
     assert Path("runs/quickstart/scoreboard.json") == quickstart.FOLDER / "scoreboard.json"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != EXTENDING], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in EXTENDING], ids=lambda page: page.name)
 def test_every_yaml_block_fits_the_config_it_names(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for block in blocks(page, "yaml"):
@@ -235,7 +242,14 @@ def test_the_table_of_row_shapes_is_read() -> None:
 # --- metrics, and the page that is run -------------------------------------------------------------------------------
 
 
-RUNS = {"SFT": "sft", "RewardModel": "rewardmodel", "DPO": "hinge", "PPO": "matching", "SimPO": "simpo"}
+RUNS = {
+    "SFT": "sft",
+    "RewardModel": "rewardmodel",
+    "KTO": "kto",
+    "DPO": "positive",
+    "PPO": "matching",
+    "SimPO": "simpo",
+}
 
 
 @dataclass
@@ -257,13 +271,14 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    """The blocks of docs/extending.md saved and its commands run; beside them SFT and a reward model."""
+    """The blocks of the pages on extending saved and their commands run; beside them what they do not run."""
     place = tmp_path_factory.mktemp("extending")
     pairs = [{"prompt": f"what is {i} plus 1?", "chosen": f"{i + 1}.", "rejected": "i cannot help."} for i in range(16)]
     questions = [{"prompt": f"what is {i} plus 1?", "answer": f"{i + 1}"} for i in range(8)]
     for name, rows in (("pairs", pairs), ("questions", questions)):
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for block in blocks(EXTENDING, "python") + blocks(EXTENDING, "yaml"):
+    typed = [command for page in EXTENDING for command in commands_of(page)]
+    for block in (block for page in EXTENDING for kind in ("python", "yaml") for block in blocks(page, kind)):
         name = re.match(r"# (\w+\.(?:py|yaml))\n", block)
         assert name, "the first line of a block names its file"
         (place / name[1]).write_text(block)
@@ -272,20 +287,24 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
         patch.chdir(place)
         patch.setenv("HOME", str(place))  # the tokenisation cache
         patch.syspath_prepend(place)
-        for command in commands_of(EXTENDING):
+        import_module("test_my_losses")
+        for command in typed:
             assert main(shlex.split(command)[3:]) == 0, command
-        for algorithm, data in (("SFT", "SFTDataModule"), ("RewardModel", "PreferenceDataModule")):
+        for algorithm, data in (
+            ("SFT", "SFTDataModule"),
+            ("RewardModel", "PreferenceDataModule"),
+            ("KTO", "UnpairedDataModule"),
+        ):
             status = main(
                 [
                     "fit", f"--model={algorithm}", "--model.base.name=playground", "--model.base.fresh=true",
                     f"--data={data}", "--data.train.path=pairs.jsonl", "--data.validation.path=pairs.jsonl",
                     "--data.batch_size=8", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+                    *(["--model.loss.beta=0.1"] if algorithm == "KTO" else []),
                 ]
             )  # fmt: skip
             assert status == 0
-        for name, run in {
-            "SFT": "sft", "RewardModel": "rewardmodel", "DPO": "hinge", "PPO": "matching", "SimPO": "simpo"
-        }.items():  # fmt: skip
+        for name, run in RUNS.items():
             result.take(name, place / "runs" / run)
         # Some metrics are there where their option is.
         options = [
@@ -294,18 +313,20 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             "--model.reward.sources={brief: {class_path: LengthReward, init_args: {target: 4}}}",
             "--model.reward.weights={brief: 1.0}",
         ]  # fmt: skip
-        again = next(shlex.split(c)[3:] for c in commands_of(EXTENDING) if "matching" in c)
+        again = next(shlex.split(c)[3:] for c in typed if "matching" in c)
         variants = {
             "PPO/with options": [*again, *options, "--model.critic.learning_rate=1e-3"],
             **{name: [*again, f"--model={name}", "--data.samples_per_prompt=2"] for name in ("RLOO", "GRPO")},
         }
         variants |= {f"{name}/with options": [*variants[name], *options] for name in ("RLOO", "GRPO")}
+        positive = next(shlex.split(c)[3:] for c in typed if "positive" in c)
+        variants["DPO/with options"] = [*positive, "--model.sft_coefficient=0.5"]
         for run, argv in variants.items():
             name = run.replace(" ", "_")
             assert main([*argv, f"--name={name}"]) == 0
             result.take(run, place / "runs" / name)
     yield result
-    for module in ("my_losses", "my_rewards", "my_kl", "simpo"):
+    for module in ("my_losses", "test_my_losses", "my_rewards", "my_kl", "simpo"):
         sys.modules.pop(module, None)
     torch.set_grad_enabled(True)
 
@@ -338,7 +359,16 @@ def first(ran: Ran, name: str, column: str) -> float:
 
 
 def test_the_loss_of_the_page_starts_where_it_says(ran: Ran) -> None:
-    assert first(ran, "DPO", "train/loss") == pytest.approx(1.0, abs=1e-6)
+    assert first(ran, "DPO", "train/loss") == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_test_of_the_page_passes_and_can_fail(ran: Ran) -> None:
+    page, loss = sys.modules["test_my_losses"], sys.modules["my_losses"].DPOPositiveLoss
+    page.test_by_hand()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "logratios", lambda self, pairs: (pairs.rejected_logratio, pairs.chosen_logratio))
+        with pytest.raises(AssertionError):
+            page.test_by_hand()
 
 
 def test_the_reward_and_the_controller_of_the_page_are_at_work(ran: Ran) -> None:
