@@ -95,14 +95,12 @@ def read(file: Path, reference: str) -> Segment:
     Raises:
         NoSegment: it is none of ours, of another reference, torn, or changed.
     """
-    if not NAME.fullmatch(file.name):
-        raise NoSegment("not written by this cache")
     try:
         # Closing the file leaves the mapping to those who hold it, and a descriptor less open.
         with pa.memory_map(str(file)) as source:
             content = source.read_buffer()
         if xxhash.xxh3_128_hexdigest(content) != file.stem:
-            raise NoSegment("torn or changed: its checksum does not hold")
+            raise NoSegment("torn, changed or not ours: its name is not the checksum of its content")
         batch = _only_batch(content, reference)
     except (OSError, pa.ArrowException) as error:
         raise NoSegment(str(error).splitlines()[0]) from None

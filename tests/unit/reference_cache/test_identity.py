@@ -107,10 +107,14 @@ def test_names_versions_and_ways_of_computing_do_not_count(llama: str, plain: st
     assert digest_of(Base(str(moved), attention="eager", gradient_checkpointing=True)) == plain
 
 
-def test_tied_weights_count_once(tmp_path: Path) -> None:
+def test_tied_weights_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tied = load_causal_lm(Base(tiny.save_model(tmp_path / "tied", tie_word_embeddings=True)))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    read = []
+    content = identity._content
+    monkeypatch.setattr(identity, "_content", lambda weight: read.append(weight) or content(weight))
     found = identify(tied)
+    assert len(read) == len(list(tied.parameters()))
     assert found.description["weights"] == sum(weight.numel() for weight in tied.parameters())
     with torch.no_grad():
         tied.lm_head.weight[3, 3] += 1
@@ -178,6 +182,13 @@ def test_each_part_of_an_adapter_counts(llama: str) -> None:
     magnitudes = Base(llama, lora=LoRA(rank=4, alpha=8.0, dora=True))
     seen |= {of_role(trained(magnitudes), "policy"), changed(trained(magnitudes), of_another_magnitude)}
     assert len(seen) == 6
+
+    def of_another_embedding(layer: Any) -> None:
+        layer.lora_embedding_A["default"].data[0, 0] += 1e-3
+
+    embeddings = Base(llama, lora=LoRA(rank=4, alpha=8.0, targets=["embed_tokens"]))
+    seen |= {of_role(trained(embeddings), "policy"), changed(trained(embeddings), of_another_embedding)}
+    assert len(seen) == 8
 
 
 def test_scaling_counts_however_it_came_about(llama: str) -> None:

@@ -149,8 +149,15 @@ def test_a_row_is_its_tokens_and_its_mask_and_not_its_padding(cache: ReferenceCa
     wide = tiny.widen(tiny.supervised(), 9).sequences
     assert torch.equal(cache.read(wide), values_of(wide))
     tokens, mask = ROWS[0]
-    others = [([*tokens, 5], [*mask, False]), (tokens, [*mask[:-1], False]), ([*tokens[:-1], 9], mask), ROWS[0]]
-    assert cache.missing(others) == [0, 1, 2]
+    others = [
+        ([*tokens, 5], [*mask, False]),
+        (tokens, [*mask[:-1], False]),
+        (tokens, [*mask[1:], False]),  # as many tokens, but others
+        ([*tokens[:-1], 9], mask),
+        ROWS[0],
+    ]
+    assert sum(others[2][1]) == sum(mask)
+    assert cache.missing(others) == [0, 1, 2, 3]
     # Eight bytes of a mask are not taken for a token.
     assert key_of([7], [True] * 1) != key_of([7, 0], [True, False])
 
@@ -344,7 +351,7 @@ def test_require_says_how_many_are_missing_and_why(cache: ReferenceCache) -> Non
     assert refusal(cache, ROWS).startswith("7 of 7 rows are missing; nothing is cached in ")
     cache.build(ROWS[:5], values_of, BUDGET)
     assert refusal(cache, [*ROWS, ROWS[6]]) == "2 of 7 rows are missing; let a run compute them first"
-    otherwise = refusal(cache, ROWS[5:])
+    otherwise = refusal(cache, [*ROWS[5:], ROWS[6]])
     assert otherwise.startswith("2 of 2 rows are missing, and the 5 that are there, of the same reference, were token")
     assert "another tokenizer, template or max_length" in otherwise
     other = ReferenceCache(cache.cache, reference("b", adapter="rank 4 on 14 layers"))
