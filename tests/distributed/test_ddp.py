@@ -12,7 +12,7 @@ import yaml
 from processes import Run
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-COMPARED = ("train/loss", "train/grad_norm", "train/accuracy", "val/loss", "val/accuracy", "val/perplexity")
+COMPARED = ("train/baseline", "val/baseline", "val/reward_undesirable", "train/loss", "train/grad_norm", "train/accuracy", "val/loss", "val/accuracy", "val/perplexity")
 
 
 def write(folder: Path) -> None:
@@ -22,9 +22,14 @@ def write(folder: Path) -> None:
         {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " ".join(WORDS[: 1 + i])}
         for i, row in enumerate(sft)
     ]
-    for name, rows in (("sft", sft), ("dpo", pairs)):
+    judged = [{**row, "label": i % 3 != 0} for i, row in enumerate(sft)]
+    for name, rows in (("sft", sft), ("dpo", pairs), ("kto", judged)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, model, data in (("sft", "SFT", "SFTDataModule"), ("dpo", "DPO", "PreferenceDataModule")):
+    for name, model, data in (
+        ("sft", "SFT", "SFTDataModule"),
+        ("dpo", "DPO", "PreferenceDataModule"),
+        ("kto", "KTO", "UnpairedDataModule"),
+    ):
         config = {
             "name": name,
             "model": {
@@ -49,6 +54,11 @@ def write(folder: Path) -> None:
         }  # fmt: skip
         if name == "dpo":
             config["model"]["init_args"]["loss"] = {"class_path": "DPOLoss", "init_args": {"beta": 0.5}}
+        if name == "kto":
+            config["model"]["init_args"] |= {
+                "loss": {"beta": 0.5},
+                "reference": {"precompute": True, "cache": str(folder / "cache")},
+            }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
 
 
@@ -66,13 +76,18 @@ def test_two_processes_make_the_steps_of_one(command, start, tmp_path):
     ddp = ("--runs=two", "--trainer.strategy=ddp", "--trainer.devices=2")
     launched = start("fit", "--config", "sft.yaml", *ddp)  # Lightning starts the second process
     told = Run("fit", "--config", "dpo.yaml", *ddp, folder=tmp_path, ranks=2)  # both are told their ranks
-    for name in ("sft", "dpo"):
-        answer = command("fit", "--config", f"{name}.yaml", "--runs=one", "--trainer.devices=1")
+    for name in ("sft", "dpo", "kto"):
+        live = ["--model.reference.precompute=false"] if name == "kto" else []
+        answer = command("fit", "--config", f"{name}.yaml", "--runs=one", "--trainer.devices=1", *live)
         assert answer.status == 0, answer.err
     said, _ = launched.communicate(timeout=240)
     assert launched.returncode == 0, said
     told.wait()
-    for name in ("sft", "dpo"):
+    # z is of the whole batch, where a rank has no row of it too; each rank computes its part of the reference.
+    kto = Run("fit", "--config", "kto.yaml", *ddp, folder=tmp_path, ranks=2)
+    kto.wait()
+    assert "reference" in kto.said()
+    for name in ("sft", "dpo", "kto"):
         runs = [tmp_path / folder / name / "version_0" for folder in ("one", "two")]
         assert not (runs[1].parent / "version_1").exists(), "one run, one folder"
         alone, together = map(weights, runs)
