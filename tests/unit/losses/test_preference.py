@@ -1,9 +1,11 @@
 """The losses over preferences against numbers worked out by hand."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
 from rlhf_lit.losses.preference import (
     APODownLoss,
@@ -226,3 +228,56 @@ def test_beta_is_required_and_positive(kind: type[PreferenceLoss]) -> None:
 def test_label_smoothing_below_a_half(kind: type[DPOLoss | RobustDPOLoss], smoothing: float) -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
         kind(beta=0.1, label_smoothing=smoothing)
+
+
+# Where P(first ≻ second) = p is known, the mean loss over labels has its minimum where it can be written down. x = βh.
+LOGIT = {p: math.log(p / (1 - p)) for p in (0.2, 0.7, 0.9)}
+
+
+@pytest.mark.parametrize("p", LOGIT)
+@pytest.mark.parametrize(
+    ("loss", "minimum"),
+    [
+        (DPOLoss(0.4), lambda p: LOGIT[p]),
+        (DPOLoss(0.4, 0.1), lambda p: math.log((0.8 * p + 0.1) / (0.9 - 0.8 * p))),
+        (IPOLoss(0.4), lambda p: p - 0.5),
+        (HingeLoss(0.4), lambda p: math.copysign(1, p - 0.5)),
+    ],
+    ids=["dpo", "cdpo", "ipo", "hinge"],
+)
+def test_the_minimum_over_uncertain_labels(loss: PreferenceLoss, minimum: Callable[[float], float], p: float) -> None:
+    def mean(x: float) -> float:
+        h = x / loss.beta
+        won, lost = pairs((h / 2, -h / 2, 0, 0)), pairs((-h / 2, h / 2, 0, 0))
+        return p * loss(won).item() + (1 - p) * loss(lost).item()
+
+    found = minimize_scalar(mean, bounds=(-9, 9), method="bounded", options={"xatol": 1e-9})
+    assert found.x == pytest.approx(minimum(p), abs=1e-5)
+
+
+@pytest.mark.parametrize("p", LOGIT)
+def test_robust_dpo_finds_the_true_preference_behind_flipped_labels(p: float) -> None:
+    """Of labels turned round at a rate of 0.2 it makes what DPO makes of the true ones."""
+    seen, loss = 0.8 * p + 0.2 * (1 - p), RobustDPOLoss(1.0, 0.2)
+
+    def mean(x: float) -> float:
+        return seen * loss(pairs((x, 0, 0, 0))).item() + (1 - seen) * loss(pairs((0, x, 0, 0))).item()
+
+    found = minimize_scalar(mean, bounds=(-9, 9), method="bounded", options={"xatol": 1e-9})
+    assert found.x == pytest.approx(LOGIT[p], abs=1e-5)
+
+
+@pytest.mark.parametrize("p", LOGIT)
+def test_the_minimum_of_simpo_balances_both_labels(p: float) -> None:
+    """p·σ(γ − m) = (1 − p)·σ(γ + m) at m = β(l̄_w − l̄_l); with γ = 0 it is the logit again."""
+    for gamma in (0.0, 0.6):
+        loss = SimPOLoss(1.0, gamma)
+
+        def mean(m: float, loss: SimPOLoss = loss) -> float:
+            one = pairs((m, 0, 0, 0), tokens=(1, 1)), pairs((0, m, 0, 0), tokens=(1, 1))
+            return p * loss(one[0]).item() + (1 - p) * loss(one[1]).item()
+
+        found = minimize_scalar(mean, bounds=(-9, 9), method="bounded", options={"xatol": 1e-9}).x
+        assert p * sigmoid(gamma - found) == pytest.approx((1 - p) * sigmoid(gamma + found), abs=1e-6)
+        if not gamma:
+            assert found == pytest.approx(LOGIT[p], abs=1e-5)
