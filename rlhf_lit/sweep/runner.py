@@ -262,16 +262,22 @@ def _now() -> str:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, even where the shell has a background job ignore the first:
-    arms would inherit that, and could not be interrupted."""
+    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt.
+
+    SIGINT even where the shell has a background job ignore it: arms would inherit that, and could not be interrupted.
+    SIGHUP not where it is ignored: that is what `nohup` is for.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, stop) for number in numbers]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -171,7 +171,7 @@ def signal_when(number: int, *notes: Path) -> None:
     threading.Thread(target=send).start()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_all_processes_and_leaves_a_sweep_that_resumes(sweep, number):
     values = ["finish", "hang", "hang_early", "recover"]
     hung = [FOLDER / "001-do=hang" / "hanging", FOLDER / "002-do=hang_early" / "hanging"]
@@ -197,6 +197,15 @@ def test_a_signal_ends_all_processes_and_leaves_a_sweep_that_resumes(sweep, numb
     assert [arm.run for arm in read_arms(FOLDER)] == ["version_0", "version_0", "version_1", "version_0"]
     assert sweep(values, "--resume")[0] == 0
     assert set(statuses().values()) == {"finished"}
+
+
+def test_a_sweep_under_nohup_outlives_its_terminal(sweep):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signal_when(signal.SIGHUP, FOLDER / "000" / "log.txt")
+        assert sweep(["finish"], more={"seconds": {"value": 0.5}})[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_arm_that_does_not_end_is_killed(sweep, monkeypatch):
