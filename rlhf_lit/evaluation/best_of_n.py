@@ -55,13 +55,13 @@ def best_of_n_means(proxy: Array, values: Array, n: int) -> Array:
     size = proxy.shape[1]
     assert 1 <= n <= size
     # C(i, n)/C(N, n): the probability that a subset lies among the i lowest. As a product, which cannot overflow.
-    below = np.arange(size + 1, dtype=float)
     among = np.ones(size + 1)
     for taken in range(n):
-        among *= np.maximum(below - taken, 0) / (size - taken)
-    lower = (proxy[:, None, :] < proxy[:, :, None]).sum(-1)
-    ties = (proxy[:, None, :] == proxy[:, :, None]).sum(-1)
-    weights = (among[lower + ties] - among[lower]) / ties
+        among *= np.maximum(np.arange(size + 1) - taken, 0) / (size - taken)
+    order = np.sort(proxy, -1)
+    below = np.stack([np.searchsorted(known, own) for known, own in zip(order, proxy, strict=True)])
+    through = np.stack([np.searchsorted(known, own, "right") for known, own in zip(order, proxy, strict=True)])
+    weights = (among[through] - among[below]) / (through - below)
     return (weights * values).sum(-1)
 
 

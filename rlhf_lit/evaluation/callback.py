@@ -155,10 +155,12 @@ class WinRate(Callback):
         """In eval mode, without gradients, in the run's precision; modes and random states restored."""
         training = {name: part.training for name, part in module.named_modules()}
         module.eval()
-        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
-            yield
-        for name, part in module.named_modules():
-            part.training = training.get(name, part.training)
+        try:
+            with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
+                yield
+        finally:
+            for name, part in module.named_modules():
+                part.training = training.get(name, part.training)
 
 
 def _answers(module: WritingAlgorithm, prompts: PromptBatch, stream: int) -> Answers:

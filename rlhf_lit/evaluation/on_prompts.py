@@ -57,7 +57,7 @@ def on_prompts(
 ) -> Evaluation:
     """Let the model answer prompts, and judge what it says.
 
-    One model is in memory at a time, but for the reference, which stands beside the policy.
+    Model and baseline are never in memory together; the reference stands beside the policy, and so do judges.
 
     Args:
         found: what is known so far.

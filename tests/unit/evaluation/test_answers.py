@@ -99,6 +99,20 @@ def test_a_judge_gets_rows_texts_and_responses_in_order() -> None:
     judge.prepare("a tokenizer that a function never sees")
 
 
+def test_several_samples_stand_by_their_prompt() -> None:
+    def score(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+        assert prompts == ["a", "a", "b", "b"]
+        assert [row["n"] for row in rows] == [1, 1, 2, 2]
+        return [float(response) for response in responses]
+
+    single = answers().sequences
+    four = Answers([["1", "2"], ["3", "4"]], single.select(torch.tensor([0, 0, 1, 1])), None)
+    judge = Judge("judge", RewardFromFunction(score), 99, CPU)
+    judge.prepare(tiny.make_tokenizer())
+    assert judge.scores(four, ["a", "b"], [{"n": 1}, {"n": 2}]).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert four.lengths.tolist() == [[2, 2], [1, 1]]
+
+
 class Broken(RewardSource):
     """A reward model that has diverged."""
 

@@ -26,7 +26,7 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     rows = [{"prompt": " ".join(WORDS[i % 7 :]), "completion": WORDS[i]} for i in range(8)]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_small_model(tmp_path / "small")
-    judge = {"class_path": "RewardFromFunction", "init_args": {"function": "test_win_rate.letters"}}
+    judge = {"class_path": "RewardFromFunction", "init_args": {"function": "test_win_rate_ranks.letters"}}
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "zero"} for row in rows]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     config = {
