@@ -22,7 +22,7 @@ def draws() -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_modes_and_random_states_are_as_before(tmp_path: object, fails: bool) -> None:
-    """Where a judge draws random numbers; modes also where it fails. What trained does so again, what did not does not."""
+    """Where a judge draws random numbers; modes also where it fails, of parts in training and of others."""
     module = tiny.build(SFT(Base(name=tiny.save_model(tmp_path, "gpt2"))))  # type: ignore[arg-type]
     module.roles.policy.transformer.h[0].eval()
     before = {name: part.training for name, part in module.named_modules()}
