@@ -213,10 +213,10 @@ def test_every_yaml_block_fits_the_config_it_names(page: Path, tmp_path: Path, m
 
 
 def shape_rows() -> list[tuple[dict[str, Any], list[bool]]]:
-    """The table of row shapes: an example, and which of the three kinds of data it is said to serve."""
+    """The table of row shapes: an example, and which of the five kinds of data it is said to serve."""
     found = []
     for line in (ROOT / "README.md").read_text().splitlines():
-        if match := re.match(r"\| `(\{\".*?\})`[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|$", line):
+        if match := re.match(r"\| `(\{\".*?\})`[^|]*" + r"\|([^|]*)" * 5 + r"\|$", line):
             found.append((json.loads(match[1]), ["✓" in cell for cell in match.groups()[1:]]))
     return found
 
@@ -225,18 +225,18 @@ def shape_rows() -> list[tuple[dict[str, Any], list[bool]]]:
     ("row", "serves"), shape_rows(), ids=lambda value: "+".join(value) if isinstance(value, dict) else ""
 )
 def test_row_shapes_serve_what_the_table_says(row: dict[str, Any], serves: list[bool]) -> None:
-    readers = (records.demonstrations, records.preferences, records.prompts)
+    readers = (records.demonstrations, records.preferences, records.prompts, records.judged, records.rankings)
     for reader, expected in zip(readers, serves, strict=True):
         try:
             found, _ = reader([row], records.Source("rows.jsonl"), on_bad_row="error")
-            accepted = len(found) == 1
+            accepted = len(found) == (2 if reader is records.judged and "chosen" in row else 1)
         except UserError:
             accepted = False
         assert accepted is expected, reader.__name__
 
 
 def test_the_table_of_row_shapes_is_read() -> None:
-    assert len(shape_rows()) == 11
+    assert len(shape_rows()) == 13
 
 
 # --- metrics, and the page that is run -------------------------------------------------------------------------------
