@@ -22,6 +22,8 @@ from rlhf_lit.models.loading import unwrapped
 VERSION = 1
 # Bytes of a weight that are copied to the host at once.
 PIECE = 2**26
+# Kinds of devices that may have an autocast in force.
+DEVICES = ("cuda", "cpu", "xpu", "mps")
 
 # Of a model's configuration: names, bookkeeping, how it is trained, initialised or sampled from. What is not listed
 # counts, so that a field of a new architecture costs a needless pass at worst.
@@ -88,7 +90,7 @@ def identify(model: nn.Module) -> ReferenceIdentity:
     Every byte of every weight is read, a piece at a time through the host: no second copy of the model is made.
 
     Args:
-        model: a transformers model, in a PEFT wrapper or not.
+        model: a transformers model, in a PEFT wrapper or not, on any device.
     """
     inner = unwrapped(model)
     adapters = _adapters(inner)
@@ -98,7 +100,7 @@ def identify(model: nn.Module) -> ReferenceIdentity:
     def add(*facts: Any) -> None:
         digest.update((json.dumps(facts, sort_keys=True, default=str) + "\n").encode())
 
-    compute = _compute(inner)
+    compute = _compute()
     add(VERSION, _function(inner.config.to_dict()), compute)
     weights = {
         _without_wrappers(name): weight
@@ -125,11 +127,11 @@ def _function(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compute(inner: Any) -> dict[str, Any]:
+def _compute() -> dict[str, Any]:
     """The number formats of the forward pass, beside those of the weights."""
-    device = next(inner.parameters()).device.type
-    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-    return {"autocast": autocast, "float32_products": _float32_products()}
+    # Of any device: a model is asked who it is before it is moved to where it will compute.
+    autocast = [str(torch.get_autocast_dtype(kind)) for kind in DEVICES if torch.is_autocast_enabled(kind)]
+    return {"autocast": autocast[0] if autocast else None, "float32_products": _float32_products()}
 
 
 def _float32_products() -> str:

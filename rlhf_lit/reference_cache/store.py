@@ -62,9 +62,12 @@ class ReferenceCache:
         return self._index.size
 
     def missing(self, rows: Sequence[Row]) -> list[int]:
-        """Which rows are not there; of equal ones the first."""
+        """Which rows are not there; of equal ones the first. Where none is, the cache counts as used today."""
         self._index.refresh()
-        return self._index.absent([key_of(*row) for row in rows])
+        absent = self._index.absent([key_of(*row) for row in rows])
+        if not absent:
+            self._mark_used()
+        return absent
 
     def require(self, rows: Sequence[Row]) -> None:
         """Refuse to go on without all of the rows.
@@ -74,7 +77,6 @@ class ReferenceCache:
         """
         absent = self.missing(rows)
         if not absent:
-            self._mark_used()
             return
         distinct = len({key_of(*row).digest for row in rows})
         lack = f"{self.folder}: the reference log-probs of {len(absent)} of {distinct} rows are missing"

@@ -209,6 +209,21 @@ def test_the_number_format_of_the_forward_counts(llama: str, plain: str, monkeyp
     assert len({plain, mixed.digest, half.digest, identify(model).digest}) == 4
 
 
+def test_autocast_counts_before_the_model_is_where_it_will_compute(llama: str) -> None:
+    """A model that is still on the CPU, under a GPU's precision."""
+    model = load_causal_lm(Base(llama))
+    with torch.autocast("cpu", torch.bfloat16):
+        there = identify(model).digest
+    dtype = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert identify(model).digest == there
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", dtype)
+
+
 def test_4_bit_weights_count_by_their_bits(llama: str, plain: str) -> None:
     def load(**settings: Any) -> Any:
         return load_causal_lm(Base(llama, lora=ADAPTER, quantization=Quantization(**settings)))
