@@ -56,8 +56,8 @@ class DPO(OfflineAlgorithm):
         sampling: Sampling = Sampling(),
     ) -> None:
         super().__init__(base, reference, loss.needs_reference, learning_rate, optimizer, schedule, sampling)
-        if not loss.needs_reference and reference != Reference(cache=reference.cache):
-            raise UserError(f"model.reference: {type(loss).__name__} reads no reference; leave it out")
+        if not loss.needs_reference and reference.update:
+            raise UserError(f"model.reference.update: {type(loss).__name__} reads no reference; leave it out")
         if not sft_coefficient >= 0:
             raise UserError(f"model.sft_coefficient must be at least 0, not {sft_coefficient}")
         self.loss = loss

@@ -117,6 +117,8 @@ class OfflineAlgorithm(WritingAlgorithm):
     def build(self) -> None:
         self.roles = Roles(self.base)
         if not self.compares:
+            if self.reference.precompute:  # as for one loss of a sweep over several
+                _report("reference: none is read; nothing to compute beforehand")
             return
         if not self.reference.precompute or self.trainer.state.fn == TrainerFn.PREDICTING:
             self.roles.add_reference(own=self.reference.update is not None)
@@ -127,7 +129,8 @@ class OfflineAlgorithm(WritingAlgorithm):
         rows = self._rows_to_compare()
         if self.reference.complete:
             self.cache.require(rows)
-        if not self.cache.missing(rows):
+        # One decision for all ranks: they will compute what is missing together.
+        if self.trainer.strategy.broadcast(not self.cache.missing(rows)):
             _report(f"reference: all {len(rows)} responses are in {self.cache.folder}; no reference pass")
             self.roles.drop_reference()
         elif not self.roles.shared:

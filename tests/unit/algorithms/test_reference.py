@@ -106,8 +106,15 @@ def test_a_loss_that_reads_no_reference_is_given_none(base: Base, loss: Preferen
     assert not module.roles.has_reference
     assert set(module.roles.models) == {"policy"}
     assert tiny.Step(module, tiny.preferences()).norm > 0.01
-    with pytest.raises(UserError, match=r"model\.reference: (SimPO|ORPO)Loss reads no reference"):
-        dpo(base, loss, reference=Reference(precompute=True))
+    with pytest.raises(UserError, match=r"model\.reference\.update: (SimPO|ORPO)Loss reads no reference"):
+        dpo(base, loss, reference=Reference(update=ReferenceUpdate(1)))
+
+
+def test_a_sweep_over_losses_may_precompute_for_all_of_them(llama: str, place: Path, capsys: Any) -> None:
+    module = dpo(Base(name=llama), SimPOLoss(2.0), reference=Reference(precompute=True, cache=str(place / "cache")))
+    fit(module, data(place), place, 1)
+    assert "none is read; nothing to compute beforehand" in capsys.readouterr().err
+    assert not (place / "cache").exists()
 
 
 def test_reference_free_dpo(base: Base) -> None:
