@@ -12,7 +12,17 @@ import yaml
 from processes import Run
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-COMPARED = ("train/baseline", "val/baseline", "val/reward_undesirable", "train/loss", "train/grad_norm", "train/accuracy", "val/loss", "val/accuracy", "val/perplexity")
+COMPARED = (
+    "train/baseline",
+    "train/loss",
+    "train/grad_norm",
+    "train/accuracy",
+    "val/baseline",
+    "val/loss",
+    "val/accuracy",
+    "val/perplexity",
+    "val/reward_undesirable",
+)
 
 
 def write(folder: Path) -> None:
