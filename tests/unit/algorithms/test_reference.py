@@ -22,6 +22,7 @@ from rlhf_lit.data.modules import PreferenceDataModule, UnpairedDataModule
 from rlhf_lit.data.records import Source
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
+from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, KTOLoss, ORPOLoss, PreferenceLoss, SimPOLoss
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base, LoRA
@@ -330,3 +331,23 @@ def test_rows_of_the_callers_own_cannot_be_computed_beforehand(llama: str, place
     trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
     with pytest.raises(UserError, match=r"reference\.precompute: needs a data module of ours"):
         trainer.fit(module, DataLoader([tiny.preferences()], batch_size=None))
+
+
+def test_an_earlier_adapter_as_the_reference(llama: str, place: Path) -> None:
+    """A frozen copy of the adapter, deleted once it was asked: the policy's own goes on training."""
+    earlier = tiny.build(dpo(Base(name=llama, lora=LoRA(rank=4))))
+    tiny.disturb(earlier, 0.1)
+    save_hf(earlier, place / "earlier")
+    base, names = Base(name=str(place / "earlier")), []
+    runs = [watched(base, place, precompute=precompute) for precompute in (False, True, True)]
+    for module in runs:
+        fit(module, data(place), place, 4)
+        names.append({name for name, p in module.named_parameters() if p.requires_grad})
+    live, first, second = (run.steps for run in runs)
+    assert names[0] == names[1] == names[2]
+    assert all(".default." in name for name in names[0])
+    assert [run.passes for run in runs][1:] == [0, 0]
+    for cached in (first, second):
+        assert [step["loss"] for step in cached] == pytest.approx([step["loss"] for step in live], abs=1e-5)
+    assert live[-1]["loss"] < live[0]["loss"] - 0.01
+    assert not any(".reference." in name for name, _ in runs[1].named_parameters())
