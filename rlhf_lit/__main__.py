@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("the arms of a W&B sweep file, without W&B", "rlhf_lit.sweep.command:main"),
     "memory": ("what a configuration needs, and the largest micro-batch that fits", "rlhf_lit.memory.command:main"),
     "evaluate": ("win rate, best-of-n, KL and accuracy on pairs", "rlhf_lit.evaluation.command:main"),
+    "report": ("runs and sweeps compared on one page", "rlhf_lit.report.command:main"),
     "chat": ("talk to a model in the terminal", "rlhf_lit.chat:main"),
     "export": (
         "write a trained model for plain transformers or peft, merged or as an adapter",

@@ -102,7 +102,7 @@ def evaluate(
         model=Base(name=model).address,
         baseline=None if baseline is None else _address(baseline),
         reference=None if reference is None else Base(name=reference).address,
-        judges={name: _in_words(source) for name, source in sources.items()},
+        judges={name: in_words(source) for name, source in sources.items()},
         settings={
             "seed": seed,
             "samples": samples,
@@ -167,14 +167,14 @@ def _address(baseline: str) -> str:
     return str(Path(baseline).absolute()) if is_local_file(baseline) else Base(name=baseline).address
 
 
-def _in_words(source: RewardSource) -> str:
+def in_words(source: RewardSource) -> str:
     """What a judge is, for the record."""
     if isinstance(source, RewardFromModel):
         return source.base.address
     if isinstance(source, RewardFromFunction):
         return f"{source.function.__module__}.{source.name}"
     if isinstance(source, RewardSum):
-        return " + ".join(f"{source.weights[name]} · {_in_words(part)}" for name, part in source.sources.items())
+        return " + ".join(f"{source.weights[name]} · {in_words(part)}" for name, part in source.sources.items())
     return type(source).__name__
 
 

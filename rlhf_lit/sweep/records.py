@@ -189,7 +189,7 @@ def arm_name(number: int, parameters: Mapping[str, Any], varied: set[str]) -> st
         parameters: its own.
         varied: those in which arms differ; the others say nothing.
     """
-    short = _short_keys(sorted(varied))
+    short = short_keys(sorted(varied))
     parts = [f"{short[key]}={label(value)}" for key, value in parameters.items() if key in varied]
     text = re.sub(r"[^A-Za-z0-9.+=-]+", "_", "-".join([f"{number:03d}", *parts]))
     return text[:LONGEST_NAME].rstrip("_-=.")
@@ -201,7 +201,7 @@ def number_of(name: str) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def _short_keys(keys: list[str]) -> dict[str, str]:
+def short_keys(keys: list[str]) -> dict[str, str]:
     """The last part of each key where that tells it from the others; seed for seed_everything."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
     names = {key: part if last.count(part) == 1 else key for key, part in zip(keys, last, strict=True)}

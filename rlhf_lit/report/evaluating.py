@@ -1,0 +1,188 @@
+"""Evaluating the runs that were not evaluated yet, each in its own folder, where the next report finds it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_lit import runs as run_folders
+from rlhf_lit.data import playground
+from rlhf_lit.data.chat import Template
+from rlhf_lit.data.records import OnBadRow, Source
+from rlhf_lit.errors import UserError
+from rlhf_lit.evaluation.answers import read_prompts
+from rlhf_lit.evaluation.command import evaluate, in_words
+from rlhf_lit.models.loading import Base
+from rlhf_lit.report.evaluations import FOLDER, evaluations_of, kind_of
+from rlhf_lit.report.reading import Run
+from rlhf_lit.rollout.engine import Sampling
+from rlhf_lit.rollout.rewards import RewardFromFunction, RewardSource
+from rlhf_lit.runs import PLAYGROUND, versions
+
+WRITERS = ("SFT", "DPO", "KTO", "PPO", "RLOO", "GRPO")
+DEEPEST = 8  # runs that began from one another
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How runs are to be evaluated: options of `evaluate`, by the same names.
+
+    Args:
+        judge: what scores responses; of an arm trained on a reward model this may be that model, the proxy.
+        gold: the truth beside it. In the built-in world its exact reward, where neither is named.
+        prompts: what is to be answered; in the built-in world its held-out prompts.
+        reference: what KL is measured to, and whose responses every run's are compared with; null is each run's own
+            `model.base` (of SFT none).
+        samples: responses to each prompt.
+        best_of: the n of best-of-n, each at most `samples`; needs a judge.
+        sampling: of the responses; null is the runs' own, where they agree.
+        template: how conversations become text.
+        on_bad_row: what a bad row of the prompts leads to.
+        micro_batch_tokens: padded tokens that go through the device at once. Changes no result.
+        seed: of the samples and of the report's intervals.
+    """
+
+    judge: RewardSource | None = None
+    gold: RewardSource | None = None
+    prompts: Source | None = None
+    reference: str | None = None
+    samples: int = 1
+    best_of: list[int] | None = None
+    sampling: Sampling | None = None
+    template: Template = "auto"
+    on_bad_row: OnBadRow = "skip"
+    micro_batch_tokens: int = 32768
+    seed: int = 0
+
+
+def evaluate_missing(runs: Sequence[Run], asked: Asked) -> str:
+    """Evaluate every run that was not yet evaluated as asked.
+
+    Returns:
+        The kind of evaluation that all of them have now.
+
+    Raises:
+        UserError: nothing to evaluate on or by, or what `evaluate` refuses.
+    """
+    writers = [run for run in runs if run.algorithm in WRITERS]
+    if not writers:
+        raise UserError("--evaluate: none of these runs writes responses: reward models are judged by val/accuracy")
+    world, prompts, gold = _world_of(writers, asked)
+    sampling = asked.sampling or _shared_sampling(writers)
+    sources = {name: source for name, source in (("judge", asked.judge), ("gold", gold)) if source is not None}
+    settings = {"seed": asked.seed, "samples": asked.samples, "sampling": asdict(sampling), "template": asked.template}
+    judges = {name: in_words(source) for name, source in sources.items()}
+    _, rows = read_prompts(prompts, world, asked.on_bad_row)
+    kind = kind_of(settings, judges, rows.file, rows.total)
+    left = [run for run in writers if not _has(run, kind, _reference(run, asked), asked)]
+    for number, run in enumerate(left, 1):
+        print(f"evaluate {run.name} ({number} of {len(left)})", file=sys.stderr)
+        reference = _reference(run, asked)
+        evaluate(
+            str(run.folder),
+            baseline=reference,
+            reference=reference,
+            judge=asked.judge,
+            gold=gold,
+            prompts=prompts,
+            samples=asked.samples,
+            best_of=asked.best_of,
+            sampling=sampling,
+            template=asked.template,
+            on_bad_row=asked.on_bad_row,
+            world=world,
+            micro_batch_tokens=asked.micro_batch_tokens,
+            seed=asked.seed,
+            to=str(run_folders.new_run(run.folder, FOLDER)),
+        )
+    return kind
+
+
+def _has(run: Run, kind: str, reference: str | None, asked: Asked) -> bool:
+    address = None if reference is None else Base(name=reference).address
+    return any(
+        one.kind == kind
+        and one.reference == address
+        and set(asked.best_of or ()) <= {point["n"] for point in one.numbers["best_of_n"]}
+        for one in evaluations_of(run)
+    )
+
+
+def _reference(run: Run, asked: Asked) -> str | None:
+    """What the run's KL is measured to."""
+    if asked.reference is not None or run.algorithm == "SFT":
+        return asked.reference
+    return str(run.model["base"]["name"])
+
+
+def _shared_sampling(runs: Sequence[Run]) -> Sampling:
+    """How the runs themselves sample.
+
+    Raises:
+        UserError: not all alike.
+    """
+    found = [Sampling(**{**run.model["sampling"], "rows_at_once": Sampling.rows_at_once}) for run in runs]
+    other = next((i for i, sampling in enumerate(found) if sampling != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"--sampling: {runs[0].name} and {runs[other].name} sample differently; say how all of them are to"
+        )
+    return Sampling(**{**asdict(found[0]), "rows_at_once": max(run.model["sampling"]["rows_at_once"] for run in runs)})
+
+
+def _world_of(runs: Sequence[Run], asked: Asked) -> tuple[playground.World, Source, RewardSource | None]:
+    """The built-in world, the prompts, and the gold judge.
+
+    Raises:
+        UserError: no prompts or no judge for runs that were not trained in the built-in world.
+    """
+    worlds = {run.name: world_of(run.config) for run in runs}
+    at_home = next((world for world in worlds.values() if world is not None), None)
+    outside = next((name for name, world in worlds.items() if world is None), None)
+    needs_world = asked.prompts is None or (asked.judge is None and asked.gold is None)
+    if needs_world and outside is not None:
+        raise UserError(
+            f"--evaluate: {outside} was not trained in the built-in world: name prompts (--prompts.path=FILE) and what "
+            "judges (--judge=RewardFromModel --judge.path=RUN, or --gold)"
+        )
+    if needs_world and any(world != at_home for world in worlds.values()):
+        raise UserError("--evaluate: these runs are of different built-in worlds; report on each by itself")
+    gold = asked.gold
+    if gold is None and asked.judge is None:
+        gold = RewardFromFunction(playground.gold_reward)
+    return at_home or playground.World(), asked.prompts or Source(PLAYGROUND, split="held_out"), gold
+
+
+def world_of(config: dict[str, Any]) -> playground.World | None:
+    """The built-in world a run was trained in: its data are the playground, or those of the run it began from are.
+
+    None for a run on other data, and where the run it began from cannot be found from here.
+    """
+    for _ in range(DEEPEST):
+        data = config["data"].get("init_args") or {}
+        if (data.get("train") or {}).get("path") == PLAYGROUND:
+            return playground.World(**data["world"])
+        before = _began_from(config)
+        if before is None:
+            return None
+        config = before
+    return None
+
+
+def _began_from(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration of the run whose model a run began with."""
+    import yaml
+
+    name = ((config["model"].get("init_args") or {}).get("base") or {}).get("name")
+    if not isinstance(name, str):
+        return None
+    path = Path(name).expanduser()
+    for folder in (path, path.parent, *versions(path)):
+        file = folder / "config.yaml"
+        if file.is_file():
+            found = yaml.safe_load(file.read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) and "data" in found and "model" in found else None
+    return None
