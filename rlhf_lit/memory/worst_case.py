@@ -209,7 +209,7 @@ def prepare(module: Algorithm, measurement: Measurement) -> None:
     if isinstance(module, PPO):
         module.critic = replace(module.critic, warmup=0)
     if isinstance(module, OfflineAlgorithm) and module.reference.precompute:
-        module.compares = False
+        module.reference, module.compares = replace(module.reference, precompute=False, complete=False), False
     if not isinstance(module, OnPolicy):
         return
 

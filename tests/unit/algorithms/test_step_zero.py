@@ -19,6 +19,7 @@ from rlhf_lit.losses.preference import (
     RobustDPOLoss,
 )
 from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.logprobs import token_logprobs
 
 LORAS = [None, LoRA(rank=4)]
 
@@ -60,6 +61,21 @@ def test_kto(base: Base) -> None:
         assert totals["loss"] == pytest.approx(module.value_at_start(batch), abs=1e-6)
         for name in ("baseline", "reward_desirable", "reward_undesirable"):
             assert totals[name] == 0.0, name
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_kto_measures_gains_from_a_kl_that_is_never_negative(llama: str, direction: int) -> None:
+    """A step towards the mismatched responses raises z, one away from them leaves it at 0."""
+    module, batch = tiny.build(KTO(Base(name=llama), KTOLoss(beta=0.3))), tiny.unpaired()
+    tiny.logprobs_of(module, batch.mismatched).sum().backward()
+    for parameter in module.trainable_parameters():
+        parameter.data += direction * 3e-3 * parameter.grad  # type: ignore[operator]
+    module.prepare(batch)
+    reference, policy = (
+        token_logprobs(module.roles.models[role], batch.mismatched).sum(-1).mean() for role in ("reference", "policy")
+    )
+    assert direction * float(policy - reference) > 0.01
+    assert float(module.baseline) == pytest.approx(max(0.0, float(policy - reference)), abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
