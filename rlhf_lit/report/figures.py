@@ -146,6 +146,8 @@ def canvas(height: float = HEIGHT, width: float = WIDTH) -> Iterator[tuple[Any, 
 
 def finish(figure: Any, name: str, alt: str) -> Figure:
     """Both formats; no date in either, so that equal numbers give equal files."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out now, and not once more for each format
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     figure.savefig(png, format="png", dpi=200)

@@ -55,6 +55,11 @@ class Study:
         first = next(iter(self.evaluations.values()), None)
         return first.reward if first else None
 
+    @cached_property
+    def known(self) -> dict[tuple[str, str], tuple[OverSeeds, Estimate | None]]:
+        """Final numbers by arm and name, once they were asked for: their intervals are bootstraps."""
+        return {}
+
     @property
     def swept(self) -> list[Swept]:
         """Numbers in which arms differ alone."""
@@ -86,6 +91,13 @@ def fact_names(study: Study) -> list[str]:
 
 def fact(study: Study, arm: Arm, name: str) -> tuple[OverSeeds, Estimate | None]:
     """A final number of an arm: over its seeds, and over prompts where the evaluations tell."""
+    place = (arm.label, name)
+    if place not in study.known:
+        study.known[place] = _measure(study, arm, name)
+    return study.known[place]
+
+
+def _measure(study: Study, arm: Arm, name: str) -> tuple[OverSeeds, Estimate | None]:
     over_seeds = OverSeeds.of([facts(study, run).get(name) for run in arm.runs])
     evaluated = study.evaluated(arm)
     kind, _, column = name.partition("/")

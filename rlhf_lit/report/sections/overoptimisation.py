@@ -85,8 +85,9 @@ def over_optimisation(study: Study) -> Section:
         return section
     section.text.append(
         "d = √KL. Gao et al. 2022 (arXiv 2210.10760): best-of-n R = d(α − βd), RL R = d(α − β·log d), by least "
-        "squares; R² = 1 − Σ residual²/Σ (R − mean)². A gold reward that falls while the proxy rises is over-optimisation. The "
-        "law was found for learned proxies of one gold model; where R² is low it does not describe these runs."
+        "squares; R² = 1 − Σ residual²/Σ (R − mean)². A gold reward that falls while the proxy rises is "
+        "over-optimisation. The law was found for learned proxies of one gold model; where R² is low it does not "
+        "describe these runs."
     )
     if rows:
         head = ["whose gold reward", "law", "α", "β", "R²", "points", "KL of the fit's peak"]
