@@ -26,6 +26,7 @@ _ARGUMENT = re.compile(r"unrecognized arguments: --(?P<key>[^=\s]+)")
 _MISSING = re.compile(r"the following arguments are required: (.*)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)")
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$")
+_NO_SUBCLASS = re.compile(r"Subclasses are disabled for (?P<type>\w+), thus '(?:[\w.]*\.)?(?P<given>\w+)'")
 _NO_FIELDS = re.compile(r"Not a valid subclass of (?P<type>\w+)")
 _CHATTER = (
     "Does not validate against", "Subtypes:", "Errors:", "Given value type:", "Expected a path but",
@@ -58,6 +59,8 @@ def condense(message: str) -> str:
     others: list[str] = []
     for finding in chosen:
         text = finding.text
+        if match := _NO_SUBCLASS.search(text):
+            return f"{where}: {match['given']} does not fit: the fields of {match['type']} alone, without class_path"
         if match := _REFUSED.search(text) or _ARGUMENT.search(text):
             group = match.groupdict().get("group")
             group = None if text.startswith("Subcommand") else group

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, SupervisedBatch, UnpairedBatch
+from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Record, SupervisedBatch, UnpairedBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base, load_tokenizer
 from rlhf_lit.randomness import reseed
@@ -104,6 +104,8 @@ class Algorithm(LightningModule):
         schedule: learning rate over time.
     """
 
+    # The kinds of batches it learns from, which data modules ask for; empty where it does not say.
+    learns_from: tuple[type[Record], ...] = ()
     # Metrics shown in the progress bar, beside loss and tokens per second.
     progress_metrics: tuple[str, ...] = ()
     # Metrics that validation averages by another unit than ``weight_of``: metric → unit.

@@ -41,6 +41,7 @@ class DPO(OfflineAlgorithm):
         sampling: how the sample completions and predictions are drawn.
     """
 
+    learns_from = (PreferenceBatch,)
     progress_metrics = ("accuracy", "margin")
     metric_units = {"sft_loss": "chosen_tokens"}  # noqa: RUF012
 

@@ -38,6 +38,7 @@ class KTO(OfflineAlgorithm):
         sampling: how the sample completions and predictions are drawn.
     """
 
+    learns_from = (UnpairedBatch,)
     progress_metrics = ("baseline",)
     metric_units = {"reward_desirable": "desirable", "reward_undesirable": "undesirable"}  # noqa: RUF012
 

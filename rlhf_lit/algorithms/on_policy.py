@@ -71,6 +71,7 @@ class OnPolicy(WritingAlgorithm):
         schedule: learning rate over the run.
     """
 
+    learns_from = (ExperienceBatch,)
     progress_metrics = ("scores", "kl")
     # Whether ``estimate`` needs several responses to each prompt.
     compares_responses = False

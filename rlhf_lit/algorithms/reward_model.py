@@ -66,8 +66,7 @@ class RewardModel(Algorithm):
         **dict.fromkeys(("accuracy", "margin", "score_chosen", "score_rejected"), "pairs"),
         **dict.fromkeys(("score_mean", "score_square"), "answers"),
     }
-    # Asked by a data module whose batches are ranked lists.
-    compares_answers = True
+    learns_from = (PreferenceBatch, RankedBatch)
 
     def __init__(
         self,

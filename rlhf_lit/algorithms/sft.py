@@ -32,6 +32,8 @@ class SFT(WritingAlgorithm):
         sampling: how the sample completions and predictions are drawn.
     """
 
+    learns_from = (SupervisedBatch,)
+
     def __init__(
         self,
         base: Base,

@@ -35,6 +35,8 @@ __all__ = [
 class SFTDataModule(TextDataModule):
     """Demonstrations, in any of the supervised shapes. Arguments: see ``TextDataModule``."""
 
+    gives = SupervisedBatch
+
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
         if source.path == "playground" and source.split != "train":
             raise UserError(
@@ -70,6 +72,8 @@ class SFTDataModule(TextDataModule):
 
 class PreferenceDataModule(TextDataModule):
     """Preference pairs, in any of the paired shapes. Arguments: see ``TextDataModule``."""
+
+    gives = PreferenceBatch
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
         if source.path == "playground":
@@ -127,6 +131,8 @@ class UnpairedDataModule(TextDataModule):
     Each row is also given a mismatched response, that of the next row with another prompt that fits, whatever batch it
     is in: what KTO's z is estimated from does not depend on the order of an epoch.
     """
+
+    gives = UnpairedBatch
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
         if source.path == "playground":
@@ -193,6 +199,8 @@ class RolloutDataModule(TextDataModule):
         episodes: responses sampled over the whole run, rounded up to whole rollouts; null leaves the length to the
             trainer.
     """
+
+    gives = ExperienceBatch
 
     def __init__(
         self,

@@ -26,6 +26,8 @@ class RankingDataModule(TextDataModule):
         max_answers: a list of more is a bad row. All answers to a prompt go through the device at once.
     """
 
+    gives = RankedBatch
+
     def __init__(
         self,
         train: Source | None = None,
@@ -63,15 +65,6 @@ class RankingDataModule(TextDataModule):
         if max_answers < 2:
             raise UserError(f"data.max_answers must be at least 2, not {max_answers}")
         self.max_answers = max_answers
-
-    def setup(self, stage: str) -> None:
-        module = self._module()
-        if not getattr(module, "compares_answers", False):
-            raise UserError(
-                f"data: RankingDataModule gives ranked lists of answers, which a RewardModel learns from; "
-                f"{type(module).__name__} does not"
-            )
-        super().setup(stage)
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
         if source.path == "playground":
@@ -120,8 +113,3 @@ class RankingDataModule(TextDataModule):
         pairs = sum(a < b for row in kept for a in row["ranks"] for b in row["ranks"])
         say(f"{name}: {len(kept)} lists of {sum(len(row['ranks']) for row in kept)} answers, {pairs} ranked pairs")
         return kept
-
-    def _module(self) -> Any:
-        """The running algorithm: `data` knows none by name."""
-        assert self.trainer is not None
-        return self.trainer.lightning_module

@@ -20,7 +20,16 @@ import xxhash
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf_lit.batches import PromptBatch, Record, Sequences
+from rlhf_lit.batches import (
+    ExperienceBatch,
+    PreferenceBatch,
+    PromptBatch,
+    RankedBatch,
+    Record,
+    Sequences,
+    SupervisedBatch,
+    UnpairedBatch,
+)
 from rlhf_lit.data import playground, records
 from rlhf_lit.data.batching import BatchLoader
 from rlhf_lit.data.chat import ChatFormat, Template
@@ -32,6 +41,14 @@ from rlhf_lit.randomness import permutation
 # Part of the tokenisation cache's key: raise it when the same text would give other tokens.
 TOKENISATION_VERSION = 2
 SHOWN_SAMPLES = 8
+# What batches hold, in words, and the data module that makes them.
+KINDS: dict[type[Record], tuple[str, str]] = {
+    SupervisedBatch: ("demonstrations", "SFTDataModule"),
+    PreferenceBatch: ("preference pairs", "PreferenceDataModule"),
+    RankedBatch: ("ranked lists of answers", "RankingDataModule"),
+    UnpairedBatch: ("answers judged one by one", "UnpairedDataModule"),
+    ExperienceBatch: ("prompts to be answered", "RolloutDataModule"),
+}
 
 
 class TextDataModule(LightningDataModule):
@@ -98,6 +115,8 @@ class TextDataModule(LightningDataModule):
 
     # What a subclass says
 
+    gives: type[Record] | None = None  # the kind of batch that its rows make, where it says so
+
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
         """Validated records of a source."""
         raise NotImplementedError
@@ -126,7 +145,12 @@ class TextDataModule(LightningDataModule):
         return self.chat.tokenizer.bos_token_id
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise what the stage needs, once."""
+        """Read and tokenise what the stage needs, once.
+
+        Raises:
+            UserError: the running algorithm learns from other batches, or the stage has no rows.
+        """
+        self._require_a_learner(stage)
         needed = {
             "fit": ("train", "validation"),
             "validate": ("validation",),
@@ -140,6 +164,20 @@ class TextDataModule(LightningDataModule):
             raise UserError("data.train: name the training rows, e.g. data.train.path=FILE")
         if stage != "fit" and not self.examples.get(needed[0]):
             raise UserError(f"data.{needed[0]}: name the rows to {stage}, e.g. data.{needed[0]}.path=FILE")
+
+    def _require_a_learner(self, stage: str) -> None:
+        """The algorithm must know the batches. A policy answers the prompts of any rows; a user's own algorithm, or data
+        module, need not say what it is made for."""
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        known: tuple[type[Record], ...] = getattr(module, "learns_from", ())
+        if not known or self.gives is None or issubclass(self.gives, known):
+            return
+        if stage == "predict" and hasattr(module, "respond"):
+            return
+        words = " or ".join(f"{KINDS[kind][0]} ({KINDS[kind][1]})" for kind in known)
+        given, name = KINDS[self.gives][0], type(module).__name__
+        raise UserError(f"data: {type(self).__name__} gives {given}, and {name} learns from {words}")
 
     def _load(self, name: str) -> None:
         source = self.sources[name]

@@ -235,7 +235,7 @@ def test_ranked_lists_through_the_command_line(run: Callable, place: Path) -> No
     line = complaint(run("fit", "--config=dpo.yaml", "--data.train.path=lists.jsonl"))
     assert "are ranked lists of answers, which RankingDataModule reads for a RewardModel" in line
     line = complaint(run("fit", "--config=dpo.yaml", *lists, "--data.cache=null"))
-    assert "RankingDataModule gives ranked lists of answers, which a RewardModel learns from; DPO does not" in line
+    assert "RankingDataModule gives ranked lists of answers, and DPO learns from preference pairs (Pref" in line
     assert "max_answers must be at least 2" in complaint(
         run("fit", "--config=reward.yaml", *lists, "--data.max_answers=1")
     )

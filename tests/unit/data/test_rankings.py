@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_lit.batches import RankedBatch
+from rlhf_lit.batches import PreferenceBatch, RankedBatch
 from rlhf_lit.data.chat import Encoded
 from rlhf_lit.data.modules import RankingDataModule
 from rlhf_lit.data.playground import World, gold_reward, preference_pairs, prompts, ranked_lists
@@ -178,7 +178,7 @@ def module(tmp_path: Path) -> Callable[..., RankingDataModule]:
     def make(rows: list[Any], algorithm: Any = None, **options: Any) -> RankingDataModule:
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = RankingDataModule(Source(str(tmp_path / "rows.jsonl")), cache=None, **options)
-        own = algorithm or SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(PLAYGROUND), compares_answers=True)
+        own = algorithm or SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(PLAYGROUND))
         data.trainer = SimpleNamespace(lightning_module=own, global_rank=0, world_size=1)  # type: ignore[assignment]
         data.setup("fit")
         return data
@@ -208,9 +208,11 @@ def test_batches_hold_whole_lists(module, capsys) -> None:
     assert answers == ["one", "two", "one", "two", "three four"]
 
 
-def test_only_what_compares_answers_is_given_lists(module) -> None:
-    with pytest.raises(UserError, match="which a RewardModel learns from; SimpleNamespace does not"):
-        module([{"prompt": "p", "ranked": ["a", "b"]}], SimpleNamespace(tokenizer=None))
+def test_only_what_learns_from_lists_is_given_them(module) -> None:
+    with pytest.raises(
+        UserError, match="gives ranked lists of answers, and SimpleNamespace learns from preference pairs"
+    ):
+        module([{"prompt": "p", "ranked": ["a", "b"]}], SimpleNamespace(tokenizer=None, learns_from=(PreferenceBatch,)))
 
 
 # --- the built-in world ----------------------------------------------------------------------------------------------
