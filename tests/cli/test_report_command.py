@@ -8,10 +8,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +20,8 @@ from browser import CHROMIUM, Browser, chromium
 from run_folders import metrics
 
 from rlhf_lit.__main__ import main
+from rlhf_lit.sweep import runner
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 SECTIONS = ["arms", "frontier", "numbers", "wins", "overoptimisation", "curves", "lengths", "completions", "configs"]
 SWEEP = "runs/sweeps/beta"
 JUDGED = [
@@ -34,6 +33,21 @@ JUDGED = [
 def letters(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
     """A score that differs from response to response, and ties now and then."""
     return [float(sum(map(ord, response)) % 5) for response in responses]
+
+
+class Here:
+    """An arm of a sweep in this process: to import everything anew takes longer than all that it does."""
+
+    def __init__(self, status: int, slot: int) -> None:
+        self.popen = SimpleNamespace(pid=os.getpid(), returncode=status, poll=lambda: status)
+        self.slot, self.began = slot, time.monotonic()
+
+    @classmethod
+    def start(cls, words: list[str], environment: dict[str, str], log: Path, slot: int, lock: int) -> Here:
+        return cls(main(words[words.index("rlhf_lit") + 1 :]), slot)
+
+    def signal(self, number: int) -> None:
+        """There is nothing left to end."""
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +65,6 @@ def made(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     }  # fmt: skip
     (place / "beta.yaml").write_text(yaml.safe_dump(sweep))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "HOME": str(place)}
-    command = [sys.executable, "-m", "rlhf_lit", "sweep", "beta.yaml", "--jobs=2"]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
     reward = {
         "class_path": "RewardSum",
         "init_args": {
@@ -67,6 +77,8 @@ def made(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setattr(runner, "Process", Here)
+        assert main(["sweep", "beta.yaml"]) == 0
         options = [f"--model.reward={json.dumps(reward)}", "--data.validation={path: sft.jsonl, limit: 8}"]
         assert main(["fit", "--config=ppo.yaml", "--preflight=false", "--data.ppo_epochs=2", *options]) == 0
     return place
@@ -125,18 +137,16 @@ def test_a_sweep_and_a_run_on_one_page(call: Callable, here: Path) -> None:
     assert {"frontier_logged.svg", "frontier_logged.png", "overoptimisation_rollouts.svg"} <= figures
     assert page.count("data:image/svg+xml") == len(figures) / 2
 
-    # The same runs give the same bytes.
-    assert call("report", SWEEP, "runs/ppo", "--out=again").status == 0
-    assert contents(here / "out") == contents(here / "again")
     # What is not a report's is not touched.
-    Path("again/mine.txt").write_text("mine")
-    before = contents(here / "again")
-    answer = call("report", SWEEP, "--out=again")
+    Path("out/mine.txt").write_text("mine")
+    before = contents(here / "out")
+    answer = call("report", SWEEP, "--out=out")
     assert answer.status == 2
     assert answer.err == (
-        "error: --out again: mine.txt in it is not a report's; name a new folder, or that of an earlier report\n"
+        "error: --out out: mine.txt in it is not a report's; name a new folder, or that of an earlier report\n"
     )
-    assert contents(here / "again") == before
+    assert contents(here / "out") == before
+    Path("out/mine.txt").unlink()
     # Another report takes the earlier one's place, and an arm that failed is left out by its name.
     arm = next(Path(SWEEP).glob("003-*/arm.json"))
     arm.write_text(json.dumps({**json.loads(arm.read_text()), "status": "failed", "error": "a < b"}))
@@ -198,7 +208,7 @@ def test_runs_are_evaluated_once_and_compared(
     answer = command("report", SWEEP, "runs/ppo", "--out=again", *JUDGED)
     assert answer.status == 0, answer.err
     assert "evaluate " not in answer.err, "all of them were"
-    assert contents(evaluated / "out") == contents(evaluated / "again")
+    assert contents(evaluated / "out") == contents(evaluated / "again"), "the same runs give the same bytes"
 
     found = {row["run"]: row for row in rows(evaluated / "out/report.csv")}
     scores: dict[str, list[list[float]]] = {}
