@@ -166,8 +166,8 @@ class TextDataModule(LightningDataModule):
             raise UserError(f"data.{needed[0]}: name the rows to {stage}, e.g. data.{needed[0]}.path=FILE")
 
     def _require_a_learner(self, stage: str) -> None:
-        """The algorithm must know the batches. A policy answers the prompts of any rows; a user's own algorithm, or data
-        module, need not say what it is made for."""
+        """The algorithm must know the batches. A policy answers the prompts of any rows; a user's own algorithm or data
+        module need not say what it is made for."""
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         known: tuple[type[Record], ...] = getattr(module, "learns_from", ())
