@@ -81,9 +81,9 @@ def report(
 def _contents(study: Study, sections: Sequence[Section]) -> dict[str, bytes]:
     """The report's files, by their paths in its folder."""
     contents = {
-        place.PAGE: render(study, sections).encode(),
-        "report.csv": runs_csv(study).encode(),
-        "arms.csv": arms_csv(study).encode(),
+        place.PAGE: render(study, sections).encode(errors="replace"),
+        "report.csv": runs_csv(study).encode(errors="replace"),
+        "arms.csv": arms_csv(study).encode(errors="replace"),
     }
     for section in sections:
         for figure in section.figures:

@@ -150,7 +150,7 @@ def arms_of(runs: Sequence[Run], ignore: Sequence[str] = ()) -> tuple[list[Arm],
         identity = json.dumps(found, sort_keys=True, default=str)
         known.setdefault(identity, found)
         group = groups.setdefault(identity, [])
-        twin = next((other for other in group if other.seed == run.seed), None)
+        twin = next((other for other in group if other.seed == run.seed is not None), None)
         if twin is None:
             group.append(run)
         else:

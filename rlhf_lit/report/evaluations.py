@@ -67,34 +67,24 @@ class Evaluated:
 
     def table(self, column: str) -> Array:
         """[prompts, samples] of a number of the model's responses: `tokens`, `gold`, `judge`."""
-        return self._grid(f"model/{column}")
+        if column not in self._tables:
+            rows: dict[str, list[float]] = {prompt: [] for prompt in self.prompts}
+            for line in self.lines:
+                if f"model/{column}" in line:
+                    rows[line["prompt"]].append(float(line[f"model/{column}"]))
+            self._tables[column] = np.array([rows[prompt] for prompt in self.prompts])
+        return self._tables[column]
 
-    def baseline(self, column: str) -> Array:
-        """[prompts, samples] of the baseline's."""
-        return self._grid(f"baseline/{column}")
-
-    def responses(self, prompt: str) -> list[str]:
-        """The model's, by sample."""
-        return [line["model"] for line in self.lines if line["prompt"] == prompt and "model" in line]
-
-    def _grid(self, column: str) -> Array:
-        rows: dict[str, list[float]] = {prompt: [] for prompt in self.prompts}
-        for line in self.lines:
-            if column in line:
-                rows[line["prompt"]].append(float(line[column]))
-        return np.array([rows[prompt] for prompt in self.prompts])
+    @cached_property
+    def _tables(self) -> dict[str, Array]:
+        """Those that were asked for."""
+        return {}
 
     @property
     def kl(self) -> dict[str, float | None] | None:
         """Exact KL to the reference, nats per response: mean, low, high over prompts."""
         found = self.numbers.get("kl")
         return found["exact"] if found else None
-
-    @property
-    def length(self) -> dict[str, float | None]:
-        """Tokens: mean, low, high over prompts."""
-        found: dict[str, float | None] = self.numbers["responses"]["model"]["length"]
-        return found
 
     @property
     def starts_at(self) -> dict[str, float] | None:

@@ -159,7 +159,11 @@ def legend(figure: Any, axes: Any, entries: int) -> None:
     if entries > 1:
         handles, labels = axes.get_legend_handles_labels()
         longest = max(map(len, labels))
-        figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(4, 52 // (longest + 6))))
+        columns = max(1, min(4, 52 // (longest + 6)))
+        # More than two rows of it grow the figure, and leave the axes as they are.
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.22 * max(0, -(-len(labels) // columns) - 2))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 # --- planes ----------------------------------------------------------------------------------------------------------

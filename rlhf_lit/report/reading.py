@@ -176,8 +176,13 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         return []
+    try:
+        # Not splitlines: what a model writes may hold other characters that end a line.
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file.name} cannot be read ({error})") from error
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -60,6 +60,11 @@ class Study:
         """Final numbers by arm and name, once they were asked for: their intervals are bootstraps."""
         return {}
 
+    @cached_property
+    def baselines(self) -> int:
+        """How many models the evaluations' win rates are against; they compare where it is one."""
+        return len({one.numbers["baseline"] for one in self.evaluations.values() if one.numbers["win_rates"]})
+
     @property
     def swept(self) -> list[Swept]:
         """Numbers in which arms differ alone."""
@@ -78,7 +83,7 @@ def facts(study: Study, run: Run) -> dict[str, float]:
         if evaluated.kl and evaluated.kl["mean"] is not None:
             found["evaluation/kl_exact"] = evaluated.kl["mean"]
         rate = evaluated.numbers["win_rates"].get(evaluated.reward)
-        if rate:
+        if rate and study.baselines == 1:
             found["evaluation/win_rate"] = float(rate["win_rate"]["mean"])
     return found
 

@@ -95,6 +95,12 @@ def test_a_repetition_is_no_second_seed(tmp_path: Path) -> None:
     assert left[0].folder.endswith("b")
 
 
+def test_runs_without_a_seed_are_no_repetitions(tmp_path: Path) -> None:
+    arms, left = arms_of([made(tmp_path / name, changed(DPO, seed_everything=False)) for name in "ab"])
+    assert [arm.seeds for arm in arms] == [2]
+    assert left == []
+
+
 def test_keys_can_be_ignored(tmp_path: Path) -> None:
     """Each seed with a reward model of its own is still one arm, where one says so."""
     runs = [

@@ -77,6 +77,13 @@ def test_a_run_that_went_on_is_what_it_became(tmp_path: Path) -> None:
     assert read(run).config == changed(DPO, trainer__max_steps=40), "and its own checkpoint is not where it began"
 
 
+def test_what_a_model_writes_may_hold_other_ends_of_lines(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", DPO)
+    rows = [{"step": 1, "response": "a\u2028b\x85c\x0bd"}, {"step": 2, "response": ""}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert read(run).samples == rows
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", DPO)
     (run / "samples.jsonl").write_text('{"step": 1}\n{"step"')
