@@ -106,9 +106,8 @@ class Curve:
 
 
 def looks(arms: Sequence[Arm]) -> dict[str, Look]:
-    """By an arm's label: arms that differ in one number run from dark to light, others have colours of their own."""
-    from matplotlib import colormaps
-
+    """By an arm's label: arms that differ in one number run from dark to light, in viridis or, beside another
+    algorithm, in a colour of their algorithm's; others have colours of their own."""
     algorithms = list(dict.fromkeys(arm.algorithm for arm in arms))
     ordered = {one.arms[0].algorithm for one in swept(arms) if len(one.arms) > 2}
     found = {}
@@ -117,7 +116,7 @@ def looks(arms: Sequence[Arm]) -> dict[str, Look]:
         own = [arm for arm in arms if arm.algorithm == algorithm]
         for j, arm in enumerate(own):
             if algorithm in ordered:
-                colour: Any = colormaps["viridis"](0.85 * j / (len(own) - 1))
+                colour = _shade(None if len(algorithms) == 1 else CATEGORIES[i % len(CATEGORIES)], j / (len(own) - 1))
                 look = Look(colour, MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
             else:
                 turn = taken // len(CATEGORIES)
@@ -126,6 +125,17 @@ def looks(arms: Sequence[Arm]) -> dict[str, Look]:
                 taken += 1
             found[arm.label] = look
     return found
+
+
+def _shade(base: str | None, share: float) -> Any:
+    """From dark (0) to light (1): of a colour, or along viridis; never so light that it is lost on white."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
+
+    if base is None:
+        return colormaps["viridis"](0.8 * share)
+    black, white = (0.55 * (1 - 2 * share), 0.0) if share < 0.5 else (0.0, 0.45 * (2 * share - 1))
+    return tuple(part * (1 - black) * (1 - white) + white for part in to_rgb(base))
 
 
 @contextmanager
@@ -248,11 +258,15 @@ def plane(
 
 
 def _scale(axes: Any, dots: Sequence[Dot]) -> None:
-    """Logarithmic where the largest x is more than 30 times the smallest."""
+    """Logarithmic where the largest x is more than ten times the smallest."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     x = [value for dot in dots for value in dot.x.values]
-    if min(x) > 0 and max(x) / min(x) > 30:
+    if min(x) > 0 and max(x) / min(x) > 10:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _cross(axes: Any, dot: Dot, colour: Any) -> None:
@@ -261,9 +275,9 @@ def _cross(axes: Any, dot: Dot, colour: Any) -> None:
     if len(dot.x.values) == len(dot.y.values) > 1:
         axes.plot(dot.x.values, dot.y.values, ".", color=colour, markersize=5, alpha=0.55, zorder=3, linestyle="none")
     if dot.y_prompts is not None and np.isfinite(dot.y_prompts.low):
-        axes.plot([x, x], [dot.y_prompts.low, dot.y_prompts.high], color=colour, alpha=0.22, linewidth=8, zorder=2)
+        axes.plot([x, x], [dot.y_prompts.low, dot.y_prompts.high], color=colour, alpha=0.2, linewidth=6, zorder=2)
     if dot.x_prompts is not None and np.isfinite(dot.x_prompts.low):
-        axes.plot([dot.x_prompts.low, dot.x_prompts.high], [y, y], color=colour, alpha=0.22, linewidth=8, zorder=2)
+        axes.plot([dot.x_prompts.low, dot.x_prompts.high], [y, y], color=colour, alpha=0.2, linewidth=6, zorder=2)
     for lines, interval in ((axes.vlines, dot.y), (axes.hlines, dot.x)):
         if interval.has_interval:
             at = x if interval is dot.y else y

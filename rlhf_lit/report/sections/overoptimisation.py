@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.report.content import Cell, Section, Table, interval, number, plain, seeds_note
-from rlhf_lit.report.figures import FAINT, Figure, canvas, finish, legend
+from rlhf_lit.report.figures import CATEGORIES, FAINT, Figure, canvas, finish, legend
 from rlhf_lit.report.reading import Run
 from rlhf_lit.report.statistics import Fit, Form, OverSeeds, fit
 from rlhf_lit.report.study import ON_POLICY, Study
@@ -62,7 +62,7 @@ def over_optimisation(study: Study) -> Section:
             "Over arms: every run's evaluation is a point, above the reference's own. One fit for each algorithm; its "
             "intervals are those of the regression, over runs."
         )
-        drawn = {t.label: (t, f"C{i}") for i, t in enumerate(clouds)}
+        drawn = {t.label: (t, CATEGORIES[i % len(CATEGORIES)]) for i, t in enumerate(clouds)}
         fits = {t.label: [fit("RL", t.d.tolist(), t.gold.tolist())] for t in clouds}
         section.figures.append(picture("overoptimisation_arms", caption, drawn, fits, joined=False))
         rows += [_regression(label, one) for label, (one,) in fits.items() if one is not None]
@@ -202,15 +202,23 @@ def picture(
                 grid = np.linspace(max(1e-3, trace.d.min() / 2), trace.d.max(), 100)
                 law = np.mean([one.at(grid) for one in known], axis=0)
                 axes.plot(grid, law, ":", color=paint, linewidth=2.2)
-        for style, label in (
-            ({"marker": "o", "linestyle": "-" if joined else "none"}, "gold"),
-            ({"marker": "s", "linestyle": "--" if joined else "none", "markerfacecolor": "white"}, "proxy"),
-            ({"linestyle": ":", "linewidth": 2.2}, "fit to gold"),
-        ):
+        entries: list[tuple[str, dict[str, object]]] = [
+            ("gold", {"marker": "o", "linestyle": "-" if joined else "none"})
+        ]
+        if any(trace.proxy is not None for trace, _ in drawn.values()):
+            hollow: dict[str, object] = {
+                "marker": "s",
+                "linestyle": "--" if joined else "none",
+                "markerfacecolor": "white",
+            }
+            entries.append(("proxy", hollow))
+        if any(one is not None for found in fits.values() for one in found):
+            entries.append(("fit to gold", {"linestyle": ":", "linewidth": 2.2}))
+        for label, style in entries:
             axes.plot([], [], color=FAINT, label=label, **style)
         axes.set_xlabel(D)
         axes.set_ylabel("reward above the start")
-        legend(figure, axes, len(drawn) + 3)
+        legend(figure, axes, len(drawn) + len(entries))
         return replace(
             finish(figure, name, f"gold and proxy reward against {D}, of {', '.join(drawn)}"), caption=caption
         )
