@@ -26,8 +26,12 @@ DATA = Path(os.environ.get("RLHF_LIT_DATA", ROOT.parent / "shared" / "data"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """As many threads in this process as in those that the tests start: sums come out the same to the bit."""
+    """As many threads in this process as in those that the tests start: sums come out the same to the bit. And signals
+    that end processes, also where the suite runs under nohup or in the background of a shell, which ignore some."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
