@@ -58,15 +58,15 @@ def test_everything_else_does(other) -> None:
 def test_runs_are_grouped_ordered_and_named_by_what_differs(tmp_path: Path) -> None:
     runs = [
         made(tmp_path / f"{beta}_{seed}", changed(DPO, seed_everything=seed, **{BETA: beta}))
-        for beta in (1.0, 0.05, 0.3)
+        for beta in (10.0, 0.05, 2.0)
         for seed in (2, 0)
     ]
     arms, left = arms_of(runs)
-    assert [arm.label for arm in arms] == ["beta=0.05", "beta=0.3", "beta=1"]
+    assert [arm.label for arm in arms] == ["beta=0.05", "beta=2", "beta=10"]
     assert [[run.seed for run in arm.runs] for arm in arms] == [[0, 2]] * 3
     assert left == []
     (found,) = swept(arms)
-    assert (found.key, found.short, found.values) == ("model.loss.beta", "beta", (0.05, 0.3, 1.0))
+    assert (found.key, found.short, found.values) == ("model.loss.beta", "beta", (0.05, 2.0, 10.0))
 
 
 def test_algorithms_are_named_where_there_are_several(tmp_path: Path) -> None:
@@ -85,6 +85,14 @@ def test_a_class_that_differs_is_no_swept_number(tmp_path: Path) -> None:
     hinge = changed(DPO, model__init_args__loss__class_path="rlhf_lit.losses.preference.HingeLoss", **{BETA: 1.0})
     arms, _ = arms_of([made(tmp_path / "a", DPO), made(tmp_path / "b", hinge)])
     assert len(arms) == 2
+    assert swept(arms) == []
+
+
+def test_two_numbers_that_differ_are_no_sweep_of_one(tmp_path: Path) -> None:
+    arms, _ = arms_of(
+        [made(tmp_path / "a", DPO), made(tmp_path / "b", changed(DPO, trainer__max_steps=5, **{BETA: 1.0}))]
+    )
+    assert [set(arm.varied) for arm in arms] == [{"trainer.max_steps", "model.loss.beta"}] * 2
     assert swept(arms) == []
 
 

@@ -93,6 +93,25 @@ def test_evaluations_of_another_kind_are_left_out(tmp_path: Path) -> None:
     assert "temperature 0.5" in left[0].reason
 
 
+def test_a_run_evaluated_twice_counts_with_the_kind_that_all_have(tmp_path: Path) -> None:
+    runs = [made(tmp_path / str(i), changed(DPO, seed_everything=i)) for i in range(2)]
+    for run in runs:
+        write_evaluation(run.folder / "evaluation" / "version_0", run, lines([1, 0]))
+    write_evaluation(runs[0].folder / "evaluation" / "version_1", runs[0], lines([5, 5, 5]))
+    kept, left = comparable(runs)
+    assert {one.folder.name for one in kept.values()} == {"version_0"}
+    assert len(left) == 1
+
+
+def test_gold_is_what_counts_where_there_is_a_judge_too(tmp_path: Path) -> None:
+    run = made(tmp_path / "a", DPO)
+    both = [{**line, "model/judge": 7.0} for line in lines([1, 0])]
+    write_evaluation(run.folder / "evaluation", run, both, kl=KL)
+    study = study_of([run], comparable([run])[0])
+    assert study.reward == "gold"
+    assert frontier(study).tables[0].rows[0][3].text == "0.5"
+
+
 def test_an_evaluation_beside_a_run_is_found_by_its_model(tmp_path: Path) -> None:
     runs = [made(tmp_path / f"version_{i}", changed(DPO, seed_everything=i)) for i in range(2)]
     write_evaluation(tmp_path / "evaluated", runs[1], lines([1, 0]))
@@ -159,9 +178,9 @@ def test_means_of_prompt_intervals(pair) -> None:
 
 def test_a_long_curve_is_averaged_over_a_fortieth_of_it() -> None:
     """80 points: means of two that look back."""
-    found = smoothed(Series(np.arange(80.0), np.arange(80.0)))
-    assert found.values[:3].tolist() == [0, 0.5, 1.5]
-    assert found.values[-1] == 78.5
+    found = smoothed(Series(np.arange(80.0), np.arange(80.0) + 4))
+    assert found.values[:3].tolist() == [4, 4.5, 5.5], "of the first there is no more than itself"
+    assert found.values[-1] == 82.5
     short = Series(np.arange(40.0), np.arange(40.0))
     assert smoothed(short) is short
 
