@@ -171,6 +171,9 @@ def test_numbers_of_arms_and_runs_as_csv(pair) -> None:
 def test_means_of_prompt_intervals(pair) -> None:
     _, prompts = fact(pair, pair.arms[0], "evaluation/kl_exact")
     assert (prompts.mean, prompts.low, prompts.high) == (2, 1, 3)
+    seeds, prompts = fact(pair, pair.arms[0], "evaluation/length")
+    assert seeds.values == (2, 2)
+    assert (prompts.mean, prompts.low, prompts.high) == (2, 1, 3), "of 1, 2 and 3 tokens"
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
