@@ -54,13 +54,25 @@ class BatchLoader:
         return math.ceil(len(self.examples) / self.batch_size)
 
     def __iter__(self) -> Iterator[Record]:
+        """As many batches as an epoch has. Shuffled ones go on where the last iteration left off, into the next epoch
+        where need be, so that a limit on the batches passes over no row; others begin at the first row each time."""
         size = len(self.examples)
-        order = permutation(size, "shuffle", self.epoch) if self.shuffle else torch.arange(size)
-        for step in range(self.position, len(self)):
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+        if not self.shuffle:
+            for step in range(len(self)):
+                yield self._batch(torch.arange(size), step)
+            return
+        epoch, order = self.epoch, permutation(size, "shuffle", self.epoch)
+        for _ in range(len(self)):
+            if self.epoch != epoch:
+                epoch, order = self.epoch, permutation(size, "shuffle", self.epoch)
+            step = self.position
             last = step + 1 == len(self)
             self.epoch, self.position = (self.epoch + 1, 0) if last else (self.epoch, step + 1)
-            yield self.collate([self.examples[i] for i in rows.tolist()])
+            yield self._batch(order, step)
+
+    def _batch(self, order: Tensor, step: int) -> Record:
+        rows = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+        return self.collate([self.examples[i] for i in rows.tolist()])
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch comes from."""

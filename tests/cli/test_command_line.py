@@ -231,7 +231,7 @@ def test_every_shipped_config_parses(run, path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)  # as from the repository's root
     config = resolved(run, "--config", path)
     assert config["model"]["class_path"].startswith("rlhf_lit.algorithms.")
-    assert config["data"]["class_path"].startswith("rlhf_lit.data.modules.")
+    assert config["data"]["class_path"].startswith("rlhf_lit.data.")
 
 
 def test_overlays_choose_no_class_of_ours():

@@ -460,3 +460,21 @@ def test_responses_to_one_prompt_stay_on_one_rank(seed: pytest.MonkeyPatch, worl
 def test_a_rollout_has_a_prompt_for_each_rank() -> None:
     with pytest.raises(UserError, match=r"data\.rollout_size: 4 prompts are too few for 5 ranks"):
         rollouts(Policy(), rank=4, world=5)
+
+
+def test_a_limit_on_the_batches_passes_over_no_row_in_training_and_keeps_to_the_first_rows_in_evaluation() -> None:
+    """Lightning leaves a loader after so many batches, and asks it for the next epoch's."""
+
+    def collate(rows: list[int]) -> Any:
+        return rows
+
+    def four(loader: BatchLoader) -> list[Any]:
+        return list(islice(loader, 4))
+
+    training, evaluation = (BatchLoader(range(10), 2, collate, shuffle=shuffle) for shuffle in (True, False))
+    seen = [batch for _ in range(5) for batch in four(training)]
+    assert [len(batch) for batch in seen] == [2] * 20, "no epoch is cut short by the end of the rows"
+    for epoch in range(4):
+        assert sorted(row for batch in seen[5 * epoch : 5 * epoch + 5] for row in batch) == list(range(10))
+    assert four(evaluation) == four(evaluation) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert len(list(evaluation)) == len(list(training)) == 5
