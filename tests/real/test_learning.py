@@ -103,6 +103,32 @@ def test_reward_model_on_longer_dialogues(command, real_data, stories):
     assert above_chance(after["val/accuracy"], pairs=389) > 4
 
 
+LOSSES = {
+    **dict.fromkeys(("classic", "cdpo", "robust", "ipo", "hinge", "apo_zero", "apo_down", "kto", "tr_dpo"), 0.02),
+    "simpo": 2.0,
+    "orpo": 1.0,
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("config", LOSSES)
+def test_every_loss_trains_on_harmless_answers(command, real_data, stories, config):
+    """Its own config on real dialogues, all weights; the loss of the last four steps lies below the first one's."""
+    answer = command(
+        "fit", "--config", CONFIGS / "dpo" / f"{config}.yaml", stories, "--name=run", "--model.base.lora=null",
+        f"--model.loss.beta={LOSSES[config]}", "--model.learning_rate=1e-3", "--model.sampling.max_new_tokens=4",
+        f"--data.train.path={real_data / 'hh_harmless_test' / 'test.jsonl.gz'}", "--data.train.split=train",
+        "--data.train.limit=500", "--data.validation=null", "--data.validation_fraction=0.2", "--data.batch_size=16",
+        "--data.micro_batch_tokens=2048", "--data.max_length=128", "--data.template=plain", "--data.cache=null",
+        "--trainer.precision=32-true", "--trainer.accelerator=cpu", "--trainer.max_epochs=1",
+    )  # fmt: skip
+    said(answer)
+    with Path("runs/run/version_0/metrics.csv").open(newline="") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(losses) >= 15
+    assert sum(losses[-4:]) / 4 < losses[0]
+
+
 @pytest.fixture
 def openings(real_data: Path, tmp_path: Path) -> tuple[str, str]:
     """The first five words of the paragraphs of real stories, no two alike; 128 of them held out."""
