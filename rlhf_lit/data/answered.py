@@ -6,7 +6,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_lit.data import shapes
+from rlhf_lit.data import ranked_shapes, shapes
 from rlhf_lit.data.reading import Source
 from rlhf_lit.data.records import check_mapping, columns_of, renamed, without_trees
 from rlhf_lit.data.shapes import BadRow, Turns
@@ -90,8 +90,8 @@ def _read(row: shapes.Row, columns: Set[str], kind: Kind) -> tuple[Turns, tuple[
     if kind == "single":
         turns = shapes.demonstration(row, columns)
         return turns[:-1], (turns[-1:],), None
-    prompt, answers = shapes.answers(row, columns)
+    prompt, answers = ranked_shapes.answers(row, columns)
     if not answers:
         raise BadRow("no answers")
-    ranks = shapes.ranks_and_ratings(row, columns, len(answers))[0] if shapes.is_ranked(columns) else None
+    ranks = ranked_shapes.ranks_and_ratings(row, columns, len(answers))[0] if ranked_shapes.is_ranked(columns) else None
     return prompt, answers, ranks

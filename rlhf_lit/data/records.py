@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from rlhf_lit.data import shapes
+from rlhf_lit.data import ranked_shapes, shapes
 from rlhf_lit.data.reading import Source, read_rows
 from rlhf_lit.data.shapes import BadRow, Message
 from rlhf_lit.errors import UserError
@@ -264,10 +264,10 @@ def rankings(
     """
 
     def fits(columns: Set[str]) -> bool:
-        return shapes.is_ranked(columns) or columns >= {"chosen", "rejected"}
+        return ranked_shapes.is_ranked(columns) or columns >= {"chosen", "rejected"}
 
     def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Ranking:
-        ranking = Ranking(*shapes.ranking(row, columns), number, raw)
+        ranking = Ranking(*ranked_shapes.ranking(row, columns), number, raw)
         if most is not None and len(ranking.answers) > most:
             raise BadRow(f"more than {most} answers")
         return ranking
@@ -285,7 +285,7 @@ def without_trees(rows: Sequence[Any]) -> tuple[list[Any], list[int]]:
     lists = [
         (found, number)
         for number, row in enumerate(rows)
-        for found in (shapes.lists_of_tree(row) if shapes.is_tree(row) else [row])
+        for found in (ranked_shapes.lists_of_tree(row) if ranked_shapes.is_tree(row) else [row])
     ]
     return [row for row, _ in lists], [number for _, number in lists]
 
@@ -322,7 +322,7 @@ def _collect(
     check_mapping(source, found)
     if not fits(columns):
         shown = ", ".join(sorted(map(str, found))) or "(none)"
-        if shapes.is_ranked(columns) or any(map(shapes.is_tree, rows)):
+        if ranked_shapes.is_ranked(columns) or any(map(ranked_shapes.is_tree, rows)):
             raise UserError(
                 f"{source.path}: columns {shown} are ranked lists of answers, which RankingDataModule reads for a "
                 f"RewardModel; here {wanted} are needed"

@@ -6,12 +6,10 @@ their separators carry white space of their own.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 ROLES = {
@@ -124,7 +122,7 @@ def _messages(row: Row, column: str) -> Turns:
     return tuple(_message(item, column) for item in value)
 
 
-def _turns(row: Row, column: str, role: str) -> Turns:
+def turns_of(row: Row, column: str, role: str) -> Turns:
     """A column that holds messages, or the text of one turn of ``role``."""
     if isinstance(row.get(column), list | Mapping):
         return _messages(row, column)
@@ -152,14 +150,16 @@ def _system(row: Row) -> Turns:
     return (Message("system", system),) if system else ()
 
 
-def _check_prompt(turns: Turns) -> None:
+def check_prompt(turns: Turns) -> None:
+    """A prompt ends with something to answer. Raises BadRow."""
     if not turns or turns[-1].role not in ("user", "tool"):
         raise BadRow("prompt does not end with a user turn")
     if not turns[-1].content.strip():
         raise BadRow("empty prompt")
 
 
-def _has_prompt(columns: Set[str]) -> bool:
+def has_prompt(columns: Set[str]) -> bool:
+    """Whether one of the columns holds a prompt."""
     return any(column in columns for column in (*PROMPT_COLUMNS, *CHAT_COLUMNS))
 
 
@@ -185,10 +185,10 @@ def demonstration(row: Row, columns: Set[str]) -> Turns:
     if chat is not None and not {"chosen", "rejected"} <= columns:
         turns = _system(row) + _messages(row, chat)
         check_alternation(turns)
-    elif answer is not None and _has_prompt(columns):
+    elif answer is not None and has_prompt(columns):
         prompt = prompt_turns(row, columns)
-        _check_prompt(prompt)
-        turns = prompt + _turns(row, answer, "assistant")
+        check_prompt(prompt)
+        turns = prompt + turns_of(row, answer, "assistant")
     elif {"chosen", "rejected"} <= columns:
         prompt, chosen, _ = preference(row, columns)
         turns = prompt + chosen
@@ -226,10 +226,10 @@ def preference(row: Row, columns: Set[str]) -> tuple[Turns, Turns, Turns]:
     Raises:
         BadRow: as the name of the reason says.
     """
-    if _has_prompt(columns) and not _is_dialogue(row.get("chosen")) and not _is_dialogue(row.get("rejected")):
+    if has_prompt(columns) and not _is_dialogue(row.get("chosen")) and not _is_dialogue(row.get("rejected")):
         prompt = prompt_turns(row, columns)
-        _check_prompt(prompt)
-        chosen, rejected = _turns(row, "chosen", "assistant"), _turns(row, "rejected", "assistant")
+        check_prompt(prompt)
+        chosen, rejected = turns_of(row, "chosen", "assistant"), turns_of(row, "rejected", "assistant")
     else:
         whole = {side: _dialogue(row, side) for side in ("chosen", "rejected")}
         if any(turns[-1].role != "assistant" for turns in whole.values()):
@@ -251,7 +251,7 @@ def preference(row: Row, columns: Set[str]) -> tuple[Turns, Turns, Turns]:
 
 def prompt(row: Row, columns: Set[str]) -> Turns:
     """A prompt to be answered, from any shape, its answer dropped. Raises BadRow."""
-    if _has_prompt(columns):
+    if has_prompt(columns):
         turns = prompt_turns(row, columns)
     elif "chosen" in columns:
         turns = _dialogue(row, "chosen")
@@ -259,146 +259,17 @@ def prompt(row: Row, columns: Set[str]) -> Turns:
         turns = (Message("user", text(row, "text")),)
     while turns and turns[-1].role == "assistant":
         turns = turns[:-1]
-    _check_prompt(turns)
+    check_prompt(turns)
     return turns
 
 
 def margin(row: Row, columns: Set[str]) -> float:
     """The ``margin`` column, else ``score_chosen`` − ``score_rejected``, else 0. Raises BadRow."""
     if "margin" in columns:
-        return _number(row, "margin")
+        return number(row, "margin")
     if {"score_chosen", "score_rejected"} <= columns:
-        return _number(row, "score_chosen") - _number(row, "score_rejected")
+        return number(row, "score_chosen") - number(row, "score_rejected")
     return 0.0
-
-
-def is_ranked(columns: Set[str]) -> bool:
-    """Whether rows of these columns hold a prompt with a list of answers, and say which are better."""
-    ordered = columns & {"ranked", "completions"} or (
-        columns & {"answers", "responses"} and columns & {"ranks", "scores"}
-    )
-    return bool(ordered) and _has_prompt(columns)
-
-
-def answers(row: Row, columns: Set[str]) -> tuple[Turns, tuple[Turns, ...]]:
-    """The prompt and its answers, from one of ``LIST_COLUMNS``. Raises BadRow."""
-    column = next(c for c in LIST_COLUMNS if c in columns)
-    given = _list(row, column)
-    if column == "completions":  # UltraFeedback's
-        if not all(isinstance(item, Mapping) for item in given):
-            raise BadRow("completions are no records")
-        given = [item.get("response") for item in given]
-    prompt = prompt_turns(row, columns)
-    _check_prompt(prompt)
-    found = tuple(_turns({column: item}, column, "assistant") for item in given)
-    for turns in found:
-        if turns[0].role != "assistant" or turns[-1].role != "assistant":
-            raise BadRow("no final assistant turn")
-        if any(not turn.content.strip() for turn in turns if turn.role == "assistant"):
-            raise BadRow(f"empty {column}")
-    return prompt, found
-
-
-def ranking(row: Row, columns: Set[str]) -> tuple[Turns, tuple[Turns, ...], tuple[int, ...], tuple[float, ...]]:
-    """Prompt, answers, the rank of each (0 is the best, ties are equal), and its rating, whose differences are margins.
-
-    A preference pair is a list of two.
-
-    Raises:
-        BadRow: as the name of the reason says.
-    """
-    if not is_ranked(columns):
-        prompt, chosen, rejected = preference(row, columns)
-        return prompt, (chosen, rejected), (0, 1), (margin(row, columns), 0.0)
-    prompt, found = answers(row, columns)
-    if len(found) < 2:
-        raise BadRow("fewer than two answers")
-    ranks, ratings = ranks_and_ratings(row, columns, len(found))
-    if not any(ranks):
-        raise BadRow("all answers of the same rank")
-    for i, j in combinations(range(len(found)), 2):
-        if found[i] == found[j] and ranks[i] != ranks[j]:
-            raise BadRow("the same answer at two ranks")
-    return prompt, found, ranks, ratings
-
-
-def ranks_and_ratings(row: Row, columns: Set[str], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The rank of each of ``count`` answers and its rating, as in :func:`ranking`. Raises BadRow."""
-    quality, ratings = _quality(row, columns, count)
-    for i, j in combinations(range(count), 2):
-        if (quality[i] - quality[j]) * (ratings[i] - ratings[j]) < 0:
-            raise BadRow("ranks and scores disagree")
-    order = sorted(set(quality), reverse=True)
-    return tuple(order.index(value) for value in quality), ratings
-
-
-def _quality(row: Row, columns: Set[str], count: int) -> tuple[list[float], tuple[float, ...]]:
-    """Of each answer, what orders them (higher is better), and its rating (0 where there are ranks alone)."""
-    scores: list[float] | None = None
-    if "completions" in columns:
-        scores = [_number(item, "overall_score") for item in _list(row, "completions")]
-    elif "scores" in columns:
-        scores = _numbers(row, "scores", count)
-    if "ranks" in columns:
-        quality = [-rank for rank in _numbers(row, "ranks", count)]
-    elif "ranked" in columns:
-        quality = [-float(place) for place in range(count)]
-    else:
-        assert scores is not None, "is_ranked() says so"
-        quality = scores
-    return quality, tuple(scores) if scores is not None else (0.0,) * count
-
-
-def _list(row: Row, column: str) -> list[Any]:
-    value = row.get(column)
-    if value is None:
-        raise BadRow(f"null {column}")
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of a CSV file
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise BadRow(f"non-list {column}") from None
-    if not isinstance(value, list):
-        raise BadRow(f"non-list {column}")
-    return value
-
-
-def _numbers(row: Row, column: str, count: int) -> list[float]:
-    """One finite number for each answer."""
-    values = [_number({column: value}, column) for value in _list(row, column)]
-    if len(values) != count:
-        raise BadRow(f"not as many {column} as answers")
-    return values
-
-
-def is_tree(row: Any) -> bool:
-    """Whether a row is a message tree of OpenAssistant: its prompt is a message with replies."""
-    return isinstance(row, Mapping) and isinstance(row.get("prompt"), Mapping) and "replies" in row["prompt"]
-
-
-def lists_of_tree(row: Row) -> list[dict[str, Any]]:
-    """A row ``{prompt, answers, ranks}`` for each message of a tree to which two or more ranked answers were given.
-
-    The prompt is the path of messages that leads to them. A reply without a rank is left out. Where there is no such
-    message, one row without answers is returned, so that the tree is counted.
-    """
-    found: list[dict[str, Any]] = []
-
-    def visit(message: Any, path: list[dict[str, Any]]) -> None:
-        if not isinstance(message, Mapping):
-            return
-        here = [*path, {"role": message.get("role"), "content": message.get("text")}]
-        replies = message.get("replies") or []
-        replies = [reply for reply in replies if isinstance(reply, Mapping)] if isinstance(replies, list) else []
-        ranked = [reply for reply in replies if reply.get("role") == "assistant" and reply.get("rank") is not None]
-        if len(ranked) >= 2:
-            texts, ranks = [reply.get("text") for reply in ranked], [reply["rank"] for reply in ranked]
-            found.append({"prompt": here, "answers": texts, "ranks": ranks})
-        for reply in replies:
-            visit(reply, here)
-
-    visit(row["prompt"], [])
-    return found or [{"prompt": None, "answers": [], "ranks": []}]
 
 
 def label(row: Row) -> bool:
@@ -414,12 +285,13 @@ def label(row: Row) -> bool:
     raise BadRow("non-boolean label")
 
 
-def _number(row: Row, column: str) -> float:
+def number(row: Row, column: str) -> float:
+    """The column's finite number, as text too. Raises BadRow."""
     value = row.get(column)
     try:
-        number = math.nan if isinstance(value, bool) or value is None else float(value)
+        found = math.nan if isinstance(value, bool) or value is None else float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+        found = math.nan
+    if not math.isfinite(found):
         raise BadRow(f"non-number {column}")
-    return number
+    return found
