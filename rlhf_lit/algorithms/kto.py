@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share
-from rlhf_lit.algorithms.offline import FORWARD_BUDGET, OfflineAlgorithm, Reference
+from rlhf_lit.algorithms.offline import OfflineAlgorithm, Reference
+from rlhf_lit.algorithms.writing import SCORING_BUDGET
 from rlhf_lit.batches import Sequences, UnpairedBatch, cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import KTOLoss
@@ -63,7 +64,7 @@ class KTO(OfflineAlgorithm):
     def prepare(self, batch: UnpairedBatch) -> None:
         """z = max(0, mean Δ of the mismatched responses), over the whole batch on all ranks."""
         total = torch.zeros((), device=self.device)
-        for rows in cut_by_tokens(batch.mismatched.lengths.cpu(), FORWARD_BUDGET * batch.micro_batch_tokens):
+        for rows in cut_by_tokens(batch.mismatched.lengths.cpu(), SCORING_BUDGET * batch.micro_batch_tokens):
             part = batch.select(rows)
             total = total + self._logratios(part.mismatched, part.reference_mismatched).sum()
         count = self.sum_over_ranks(torch.tensor(float(len(batch)), device=self.device))

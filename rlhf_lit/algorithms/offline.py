@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from rlhf_lit.algorithms.base import Batch, Optimizer, Schedule, require_no_dropout
-from rlhf_lit.algorithms.writing import WritingAlgorithm
+from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.batches import PromptBatch, Record, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.reductions import row_sums
@@ -28,9 +28,6 @@ from rlhf_lit.models.roles import Roles
 from rlhf_lit.reference_cache.identity import identify
 from rlhf_lit.reference_cache.store import ReferenceCache
 from rlhf_lit.rollout.engine import Sampling
-
-# A pass without gradients keeps no activations, so more padded tokens fit than in a training micro-batch.
-FORWARD_BUDGET = 4
 
 
 @dataclass(frozen=True)
@@ -229,7 +226,7 @@ class OfflineAlgorithm(WritingAlgorithm):
             self.cache.build(
                 rows,
                 compute,
-                FORWARD_BUDGET * datamodule.micro_batch_tokens,
+                SCORING_BUDGET * datamodule.micro_batch_tokens,
                 self.global_rank,
                 self.trainer.world_size,
                 self.trainer.strategy.barrier,

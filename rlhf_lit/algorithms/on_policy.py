@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share, require_no_dropout
-from rlhf_lit.algorithms.writing import WritingAlgorithm
+from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController, estimate_kl, fixed_point
@@ -33,9 +33,6 @@ from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.record import RolloutRecord, Scores
 from rlhf_lit.rollout.rewards import RewardSource, shown
 from rlhf_lit.rollout.shaping import ScoreMoments, Shaping
-
-# Scoring keeps no activations, so more padded tokens fit than in a training micro-batch.
-SCORING_BUDGET = 4
 
 
 @dataclass(frozen=True)

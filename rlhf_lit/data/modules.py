@@ -76,11 +76,7 @@ class PreferenceDataModule(TextDataModule):
     gives = PreferenceBatch
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        if source.path == "playground":
-            raise UserError(
-                "data: the built-in world's pairs are drawn from a policy's own samples: "
-                "make a file with `python -m rlhf_lit playground --model RUN --to FILE` and name it here"
-            )
+        _require_file(source)
         return records.preferences(records.read_rows(source), source, on_bad_row=self.on_bad_row)
 
     def encode(self, record: records.Preference) -> dict[str, Any] | str:
@@ -135,11 +131,7 @@ class UnpairedDataModule(TextDataModule):
     gives = UnpairedBatch
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        if source.path == "playground":
-            raise UserError(
-                "data: the built-in world's pairs are drawn from a policy's own samples: "
-                "make a file with `python -m rlhf_lit playground --model RUN --to FILE` and name it here"
-            )
+        _require_file(source)
         return records.judged(records.read_rows(source), source, on_bad_row=self.on_bad_row)
 
     def encode(self, record: records.Judged) -> dict[str, Any] | str:
@@ -351,6 +343,15 @@ def mismatched(rows: Sequence[dict[str, Any]], max_length: int) -> list[dict[str
         mask = [False] * len(prompt) + [True] * len(answer)
         result.append({**row, "mismatched": prompt + answer, "mismatched_mask": mask})
     return result
+
+
+def _require_file(source: Source) -> None:
+    """The built-in world has no pairs before there is a policy. Raises UserError."""
+    if source.path == "playground":
+        raise UserError(
+            "data: the built-in world's pairs are drawn from a policy's own samples: "
+            "make a file with `python -m rlhf_lit playground --model RUN --to FILE` and name it here"
+        )
 
 
 def playground_rows(

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.algorithms.writing import EVALUATION, WritingAlgorithm
+from rlhf_lit.algorithms.writing import EVALUATION, SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.batches import PromptBatch
 from rlhf_lit.data.reading import is_local_file
 from rlhf_lit.data.records import Source
@@ -26,8 +26,6 @@ from rlhf_lit.rollout.rewards import RewardSource
 
 # Streams of sampling noise, apart from each other and from every rollout's and validation's.
 POLICY, BASELINE = EVALUATION + 1, EVALUATION + 2
-# Judging keeps no activations, so more padded tokens fit than in a training micro-batch.
-JUDGING_BUDGET = 4
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class WinRate(Callback):
             raise UserError(f"WinRate: {type(module).__name__} writes no responses; leave the callback out")
         datamodule: Any = getattr(trainer, "datamodule", None)
         prompts = self._held_out(trainer, module, datamodule)
-        budget = JUDGING_BUDGET * datamodule.micro_batch_tokens
+        budget = SCORING_BUDGET * datamodule.micro_batch_tokens
         judge = Judge("WinRate.judge", self.judge, budget, module.device)
         with self._aside(trainer, module):
             judge.prepare(module.tokenizer)

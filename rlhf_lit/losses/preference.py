@@ -222,7 +222,7 @@ class SimPOLoss(PreferenceLoss):
 
     Args:
         beta: β of the mean log-probs; the paper's own runs have 2 to 10, so it does not compare with DPO's.
-        gamma: γ, the margin aimed at; in the paper 0.3 to 0.8 of β.
+        gamma: γ, the margin aimed at, in units of βl̄.
     """
 
     gamma: float = 0.5

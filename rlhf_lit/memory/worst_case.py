@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
-from rlhf_lit.algorithms.on_policy import SCORING_BUDGET, OnPolicy
+from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.ppo import PPO
+from rlhf_lit.algorithms.writing import SCORING_BUDGET
 from rlhf_lit.batches import (
     PreferenceBatch,
     PromptBatch,

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
-from rlhf_lit.algorithms.on_policy import SCORING_BUDGET, OnPolicy
+from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.algorithms.writing import WritingAlgorithm
+from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.batches import (
     PreferenceBatch,
     PromptBatch,
