@@ -1,0 +1,121 @@
+"""TRL's side, as a process of its own, by the peer's interpreter: `… trl_peer WORKLOAD.json RESULT.json SETTING`.
+
+Settings: `defaults`, which recompute activations in the backward pass (gradient checkpointing), and `plain`, without.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from experiments.benchmarks.throughput.workload import BETA, Measured, Workload, peak_bytes
+
+SETTINGS = ("defaults", "plain")
+IGNORED = -100  # a label that no loss counts
+
+
+class Watch(TrainerCallback):
+    """Times the steps after the warm-up."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.losses: list[float] = []
+        self.started = self.ended = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The clock starts when the last step of the warm-up has ended."""
+        if self.workload.device == "cuda":
+            torch.cuda.synchronize()
+        if state.global_step == self.workload.warm_up:
+            self.started = time.perf_counter()
+        self.ended = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One log a step."""
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+class TokenisedDPO(DPOTrainer):
+    """Takes rows that are token ids already, as TRL's other two trainers do."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
+def rows_of(workload: Workload) -> list[dict[str, Any]]:
+    """The workload's batches, one after another, in the columns of TRL's collators."""
+    rows = [row for batch in workload.read_batches() for row in batch]
+    if workload.task == "sft":
+        sides = [row["sequence"] for row in rows]
+        labels = [
+            [token if counts else IGNORED for token, counts in zip(side["tokens"], side["mask"], strict=True)]
+            for side in sides
+        ]
+        return [{"input_ids": side["tokens"], "labels": own} for side, own in zip(sides, labels, strict=True)]
+    if workload.task == "reward":
+        return [{f"{name}_ids": row[name]["tokens"] for name in ("chosen", "rejected")} for row in rows]
+    found = []
+    for row in rows:
+        prompt = row["chosen"]["mask"].index(1)
+        assert row["rejected"]["mask"].index(1) == prompt
+        answers = {f"{name}_ids": row[name]["tokens"][prompt:] for name in ("chosen", "rejected")}
+        found.append({"prompt_ids": row["chosen"]["tokens"][:prompt], **answers})
+    return found
+
+
+def main(workload: Workload, setting: str) -> Measured:
+    """Train for the workload's steps."""
+    options: dict[str, Any] = {
+        "output_dir": str(Path(workload.folder, "trl")),
+        "max_steps": workload.all_steps,
+        "per_device_train_batch_size": workload.batch_size,
+        "learning_rate": workload.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "max_length": workload.max_length,
+        "bf16": workload.precision == "bf16-mixed",
+        "use_cpu": workload.device == "cpu",
+        "train_sampling_strategy": "sequential",  # our batches, in our order
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    if setting != "defaults":
+        options["gradient_checkpointing"] = False
+    tokenizer = AutoTokenizer.from_pretrained(workload.model)
+    watch = Watch(workload)
+    given: dict[str, Any] = {
+        "train_dataset": Dataset.from_list(rows_of(workload)),
+        "processing_class": tokenizer,
+        "callbacks": [watch],
+    }
+    match workload.task:
+        case "sft":
+            model = AutoModelForCausalLM.from_pretrained(workload.model)
+            trainer: Any = SFTTrainer(model=model, args=SFTConfig(**options), **given)
+        case "reward":
+            model = AutoModelForSequenceClassification.from_pretrained(workload.model, num_labels=1)
+            model.score.weight.data.copy_(torch.load(workload.head))
+            trainer = RewardTrainer(model=model, args=RewardConfig(**options), **given)
+        case "dpo":
+            model = AutoModelForCausalLM.from_pretrained(workload.model)
+            reference = AutoModelForCausalLM.from_pretrained(workload.model)
+            trainer = TokenisedDPO(model=model, ref_model=reference, args=DPOConfig(beta=BETA, **options), **given)
+    trainer.train()
+    return Measured(watch.ended - watch.started, watch.losses, peak_bytes(workload.device))
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(asdict(main(Workload.load(sys.argv[1]), sys.argv[3]))))
