@@ -29,7 +29,7 @@ class Curve:
 
     Attributes:
         algorithm: the arms that make the curve; with ``where``, those of them.
-        where: a setting of the arms, and its value.
+        where: settings of the arms and their values; of a class, its name.
     """
 
     algorithm: str
@@ -131,7 +131,8 @@ def over(values: Sequence[float]) -> str:
 def on_curve(curve: Curve, run: Run) -> bool:
     """Whether a run is one of the curve's."""
     return run.row["algorithm"] == curve.algorithm and all(
-        run.row[key] == str(value) for key, value in curve.where.items()
+        run.row[key].rpartition(".")[2] == value if isinstance(value, str) else float(run.row[key] or "nan") == value
+        for key, value in curve.where.items()
     )
 
 

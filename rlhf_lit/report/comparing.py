@@ -166,16 +166,27 @@ def _labelled(groups: dict[str, list[Run]], known: dict[str, dict[str, Any]]) ->
     for algorithm in algorithms:
         own = [identity for identity, group in groups.items() if group[0].algorithm == algorithm]
         varied = differing([known[identity] for identity in own])
-        short = short_keys(varied)
-        for number, identity in enumerate(own, 1):
+        labels = _labels([known[identity] for identity in own], varied, algorithm if len(algorithms) > 1 else "")
+        for number, (identity, text) in enumerate(zip(own, labels, strict=True), 1):
             mine = {key: known[identity].get(key) for key in varied}
-            words = [f"{short[key]}={label(value)}" for key, value in mine.items() if key in known[identity]]
-            text = " ".join([*([algorithm] if len(algorithms) > 1 or not words else []), *words])
-            if len(text) > LONGEST_LABEL:
-                text = f"{algorithm} {number}"
+            if not text or len(text) > LONGEST_LABEL:
+                text = f"{algorithm} {number}" if text else algorithm
             by_seed = sorted(groups[identity], key=lambda run: (run.seed is None, run.seed or 0))
             arms.append(Arm(text, known[identity], mine, tuple(by_seed)))
     return sorted(arms, key=lambda arm: (algorithms.index(arm.algorithm), _order(arm)))
+
+
+def _labels(arms: Sequence[dict[str, Any]], varied: Sequence[str], prefix: str) -> list[str]:
+    """What is written for each arm of an algorithm. An argument that comes with a class, and is the same in all arms
+    that have it, says no more than the class does."""
+    telling = [key for key in varied if len({repr(arm[key]) for arm in arms if key in arm}) > 1]
+    for keys in (telling, varied):
+        short = short_keys(list(keys))
+        words = [[f"{short[key]}={label(arm[key])}" for key in keys if key in arm] for arm in arms]
+        found = [" ".join([*([prefix] if prefix else []), *own]) for own in words]
+        if len(set(found)) == len(found):
+            break
+    return found
 
 
 def _order(arm: Arm) -> list[tuple[bool, float, str]]:

@@ -209,7 +209,8 @@ def short_keys(keys: list[str]) -> dict[str, str]:
 
 
 def label(value: Any) -> str:
-    """A parameter's value in few characters: a number in four digits, a class by its name and its arguments."""
+    """A parameter's value in few characters: a number in four digits, a class by its name, with its arguments
+    where they are given."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -220,6 +221,8 @@ def label(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         arguments = [f"{name}={label(inner)}" for name, inner in value.get("init_args", {}).items()]
         return "+".join([str(value["class_path"]).rsplit(".", 1)[-1], *arguments])
+    if isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*\.[A-Z]\w*", value):
+        return value.rsplit(".", 1)[-1]
     return str(value)
 
 

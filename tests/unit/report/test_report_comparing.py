@@ -88,6 +88,20 @@ def test_a_class_that_differs_is_no_swept_number(tmp_path: Path) -> None:
     assert swept(arms) == []
 
 
+def test_a_class_is_called_by_its_name_and_by_arguments_that_tell_arms_apart(tmp_path: Path) -> None:
+    """IPO's average_log_prob is the same in all arms that have it; DPO's smoothing is not."""
+    loss = "model__init_args__loss"
+    smooth = changed(DPO, **{f"{loss}__init_args__label_smoothing": 0.2})
+    plain = changed(DPO, **{f"{loss}__init_args__label_smoothing": 0.0})
+    ipo = changed(DPO, **{f"{loss}__class_path": "rlhf_lit.losses.preference.IPOLoss"})
+    ipo = changed(ipo, **{f"{loss}__init_args__average_log_prob": False})
+    runs = [made(tmp_path / str(i), config) for i, config in enumerate((smooth, plain, ipo))]
+    arms, _ = arms_of(runs)
+    assert [arm.label for arm in arms] == [
+        "loss=DPOLoss label_smoothing=0", "loss=DPOLoss label_smoothing=0.2", "loss=IPOLoss",
+    ]  # fmt: skip
+
+
 def test_two_numbers_that_differ_are_no_sweep_of_one(tmp_path: Path) -> None:
     arms, _ = arms_of(
         [made(tmp_path / "a", DPO), made(tmp_path / "b", changed(DPO, trainer__max_steps=5, **{BETA: 1.0}))]
