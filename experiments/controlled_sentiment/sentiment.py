@@ -1,4 +1,4 @@
-"""Reward functions of the tests, named by class path in a config."""
+"""Sentiment of a text, as a reward: configs name `experiments.controlled_sentiment.sentiment.vader`."""
 
 from __future__ import annotations
 

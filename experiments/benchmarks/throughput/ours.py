@@ -1,4 +1,7 @@
-"""Our side, as a process of its own: `python -m experiments.benchmarks.throughput.ours WORKLOAD.json RESULT.json`."""
+"""Our side, as a process of its own: `… ours WORKLOAD.json RESULT.json SETTING`.
+
+Settings: `plain`; of PPO also `trunk`, whose critic is a head on the policy's own hidden states.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,30 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 
-from experiments.benchmarks.throughput.workload import BETA, Measured, Workload, peak_bytes
-from rlhf_lit.algorithms import DPO, SFT, RewardModel
+from experiments.benchmarks.throughput.workload import (
+    BETA,
+    KL_COEFFICIENT,
+    MINIBATCHES,
+    NEW_TOKENS,
+    PPO_EPOCHS,
+    Measured,
+    Workload,
+    peak_bytes,
+)
+from rlhf_lit.algorithms import DPO, PPO, SFT, RewardModel
 from rlhf_lit.algorithms.base import Algorithm, Schedule
 from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch
-from rlhf_lit.data.modules import PreferenceDataModule, SFTDataModule
+from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule
 from rlhf_lit.data.records import Source
+from rlhf_lit.data.text_module import TextDataModule
+from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.models.loading import Base
+from rlhf_lit.models.roles import Critic
+from rlhf_lit.rollout.engine import Sampling
+from rlhf_lit.rollout.rewards import RewardFromModel
+
+CRITICS = {"plain": Critic(init="reward"), "trunk": Critic(init="policy", trunk=True)}
 
 
 class Watch(Callback):
@@ -30,12 +49,19 @@ class Watch(Callback):
         self.losses: list[float] = []
         self.batches: list[list[dict[str, Any]]] = []
         self.started = self.ended = 0.0
+        self.per_unit = MINIBATCHES * PPO_EPOCHS if workload.task == "ppo" else 1  # optimizer steps
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """A reward model's head is drawn at random: the peer begins with the same."""
         if self.workload.task == "reward":
             (head,) = (weight for name, weight in module.named_parameters() if name.endswith("score.weight"))
             torch.save(head.detach().cpu(), self.workload.head)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """The prompts, which come again in every rollout."""
+        if self.workload.task == "ppo":
+            rows = trainer.datamodule.examples["train"]  # type: ignore[attr-defined]
+            self.batches = [[{"prompt": {"tokens": row["prompt"]}} for row in rows]]
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """What the peer will be given."""
@@ -51,8 +77,16 @@ class Watch(Callback):
         if self.workload.device == "cuda":
             torch.cuda.synchronize()
         self.ended = time.perf_counter()
-        if trainer.global_step == self.workload.warm_up:
+        if trainer.global_step == self.workload.warm_up * self.per_unit:
             self.started = self.ended
+
+
+class Prompts(RolloutDataModule):
+    """The first prompts that are short enough, as many as a rollout has, so that every rollout answers the same."""
+
+    def _load(self, name: str) -> None:
+        super()._load(name)
+        self.examples[name] = self.examples[name][: self.rollout_size]
 
 
 def rows_of(sequences: Sequences) -> list[dict[str, Any]]:
@@ -63,7 +97,7 @@ def rows_of(sequences: Sequences) -> list[dict[str, Any]]:
     ]
 
 
-def algorithm(workload: Workload) -> Algorithm:
+def algorithm(workload: Workload, setting: str) -> Algorithm:
     """With AdamW, gradients clipped at 1 and a constant rate, which are the peer's settings too."""
     base = Base(name=workload.model)
     schedule, rate = Schedule(name="constant"), workload.learning_rate
@@ -74,23 +108,40 @@ def algorithm(workload: Workload) -> Algorithm:
             return RewardModel(base, learning_rate=rate, schedule=schedule)
         case "dpo":
             return DPO(base, loss=DPOLoss(beta=BETA), learning_rate=rate, schedule=schedule)
+        case "ppo":
+            return PPO(
+                base,
+                reward=RewardFromModel(workload.reward),
+                kl=FixedKL(beta=KL_COEFFICIENT),
+                critic=CRITICS[setting],
+                sampling=Sampling(max_new_tokens=NEW_TOKENS),
+                learning_rate=rate,
+                schedule=schedule,
+            )
 
 
-def main(workload: Workload) -> Measured:
+def data_module(workload: Workload) -> TextDataModule:
+    """Rows that fit; of PPO, the prompts of one rollout."""
+    common: dict[str, Any] = {
+        "batch_size": workload.batch_size,
+        "micro_batch_tokens": workload.micro_batch_tokens,
+        "max_length": workload.max_length,
+        "truncation": "drop",
+        "template": "plain",
+        "cache": str(Path(workload.folder, "tokens")),
+    }
+    if workload.task == "ppo":
+        return Prompts(Source(workload.pairs), rollout_size=workload.rollout_size, ppo_epochs=PPO_EPOCHS, **common)
+    kind = SFTDataModule if workload.task == "sft" else PreferenceDataModule
+    return kind(Source(workload.pairs), **common)
+
+
+def main(workload: Workload, setting: str) -> Measured:
     """Train for the workload's steps."""
     seed_everything(0, verbose=False)
-    kind = SFTDataModule if workload.task == "sft" else PreferenceDataModule
-    data = kind(
-        train=Source(workload.pairs),
-        batch_size=workload.batch_size,
-        micro_batch_tokens=workload.micro_batch_tokens,
-        max_length=workload.max_length,
-        template="plain",
-        cache=str(Path(workload.folder, "tokens")),
-    )
     watch = Watch(workload)
     trainer = Trainer(
-        max_steps=workload.all_steps,
+        max_steps=workload.all_steps * watch.per_unit,
         accelerator="gpu" if workload.device == "cuda" else "cpu",
         devices=1,
         precision=workload.precision,  # type: ignore[arg-type]
@@ -105,10 +156,11 @@ def main(workload: Workload) -> Measured:
         log_every_n_steps=1,
         limit_val_batches=0,
     )
-    trainer.fit(algorithm(workload), data)
+    trainer.fit(algorithm(workload, setting), data_module(workload))
     workload.batches.write_text(json.dumps(watch.batches))
-    return Measured(watch.ended - watch.started, watch.losses, peak_bytes(workload.device))
+    losses = [] if workload.task == "ppo" else watch.losses
+    return Measured(watch.ended - watch.started, losses, peak_bytes(workload.device))
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(asdict(main(Workload.load(sys.argv[1])))))
+    Path(sys.argv[2]).write_text(json.dumps(asdict(main(Workload.load(sys.argv[1]), sys.argv[3]))))

@@ -15,9 +15,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Task = Literal["sft", "reward", "dpo"]
+Task = Literal["sft", "reward", "dpo", "ppo"]
 TASKS: tuple[Task, ...] = get_args(Task)
 BETA = 0.1
+MINIBATCHES, PPO_EPOCHS, NEW_TOKENS, KL_COEFFICIENT = (
+    4,
+    4,
+    53,
+    0.05,
+)  # of a rollout, TRL's defaults but for the minibatches
 # Llama shapes: hidden, intermediate, layers, heads, key-value heads, vocabulary.
 SHAPES = {
     "7m": (256, 704, 6, 4, 4, 8192),
@@ -36,10 +42,10 @@ class Workload:
         folder: where model, rows and results stand.
         pairs: a file of preference pairs; SFT learns the chosen side.
         shape: of ``SHAPES``.
-        steps: optimizer steps that are timed.
-        warm_up: optimizer steps before them.
-        batch_size: rows, or pairs, of an optimizer step.
-        max_length: longest sequence; rows with a longer one are left out.
+        steps: optimizer steps that are timed; of PPO, rollouts with all their updates.
+        warm_up: as many before them.
+        batch_size: rows, pairs or episodes of an optimizer step.
+        max_length: longest sequence, of PPO longest prompt; longer ones are left out.
         micro_batch_tokens: of our side; no result depends on it.
         learning_rate: constant.
         device: cpu or cuda.
@@ -63,6 +69,16 @@ class Workload:
     def model(self) -> str:
         """The model's folder."""
         return str(Path(self.folder, f"model_{self.shape}"))
+
+    @property
+    def reward(self) -> str:
+        """PPO's reward model, of the same shape."""
+        return f"{self.model}_reward"
+
+    @property
+    def rollout_size(self) -> int:
+        """Episodes of a rollout."""
+        return MINIBATCHES * self.batch_size
 
     @property
     def batches(self) -> Path:
@@ -95,8 +111,10 @@ class Workload:
         found: list[list[dict[str, Any]]] = json.loads(self.batches.read_text())
         return found
 
-    def timed_tokens(self) -> int:
-        """Real tokens of the timed steps, both sides of a pair counted."""
+    def amount(self) -> int:
+        """What the timed steps process: real tokens, both sides of a pair counted; of PPO, episodes."""
+        if self.task == "ppo":
+            return self.steps * self.rollout_size
         timed = self.read_batches()[self.warm_up :]
         return sum(len(side["tokens"]) for batch in timed for row in batch for side in row.values())
 
@@ -107,7 +125,7 @@ class Measured:
 
     Attributes:
         seconds: of the timed steps together.
-        losses: of every step.
+        losses: of every step; none of PPO, whose two sides draw responses of their own.
         peak: bytes: on a CPU the largest resident set of the process, on a GPU the allocator's peak.
     """
 
@@ -127,7 +145,7 @@ def save_model(workload: Workload) -> None:
     """A Llama with random weights, and a byte-level BPE tokenizer trained on the file itself."""
     import datasets
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[workload.shape]
     rows = datasets.load_dataset("json", data_files=workload.pairs, split="train")
@@ -135,7 +153,7 @@ def save_model(workload: Workload) -> None:
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False)
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special).save_pretrained(workload.model)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -150,3 +168,7 @@ def save_model(workload: Workload) -> None:
         pad_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(workload.model)
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(workload.reward)
+    for folder in (workload.model, workload.reward):
+        tokenizer.save_pretrained(folder)
