@@ -44,6 +44,7 @@ def write(folder: Path) -> None:
     (folder / "ranked.yaml").write_text(yaml.safe_dump(config))
 
 
+@pytest.mark.soak  # the steps of two ranks on other batches are compared in every run of the tests
 def test_two_processes_make_the_steps_of_one(command, tmp_path):
     write(tmp_path)
     both = Run(

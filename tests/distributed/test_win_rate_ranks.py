@@ -20,6 +20,7 @@ def letters(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]
     return [float(sum(map(ord, response)) % 5) for response in responses]
 
 
+@pytest.mark.soak  # three processes of one core
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     """Seven prompts, so that one rank has four and the other three; the third row's prompt comes again and counts
     once."""

@@ -159,7 +159,7 @@ def test_ppo_learns_cheerfulness_from_a_function(command, real_data, stories, op
     assert after["val/scores"] >= before["val/scores"] + 0.3
     assert 0 < after["val/kl_exact"] < 10
 
-    from tests.real.rewards import vader
+    from experiments.controlled_sentiment.sentiment import vader
 
     lines = Path("runs/ppo/vader_stories/version_1/samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]

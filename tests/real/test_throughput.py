@@ -22,9 +22,9 @@ def test_both_sides_have_the_losses_of_the_same_mathematics(task, real_data, tmp
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| trl")]
-    assert [row[1].strip() for row in rows] == ["trl, defaults", "trl, plain"]
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| plain")]
+    assert [row[2].strip() for row in rows] == ["defaults", "plain"]
     for row in rows:
         assert 0 < float(row[-2]) < 1e-4
-        assert float(row[2]) > 0
         assert float(row[3]) > 0
+        assert float(row[4]) > 0
