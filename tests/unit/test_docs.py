@@ -34,7 +34,7 @@ CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 ALGORITHMS = ("SFT", "RewardModel", "PPO", "RLOO", "GRPO", "DPO", "KTO")
 ON_POLICY = ("PPO", "RLOO", "GRPO")
 OVERLAYS = ["--config=configs/overlays/qlora.yaml", "--config=configs/overlays/wandb.yaml"]
-ROOMS = ("configs", "docs", "rlhf_lit", "tests")
+ROOMS = ("configs", "docs", "experiments", "rlhf_lit", "sweeps", "tests")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
