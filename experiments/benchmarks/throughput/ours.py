@@ -86,7 +86,8 @@ class Prompts(RolloutDataModule):
 
     def _load(self, name: str) -> None:
         super()._load(name)
-        self.examples[name] = self.examples[name][: self.rollout_size]
+        if name == "train":
+            self.examples[name] = self.examples[name][: self.rollout_size]
 
 
 def rows_of(sequences: Sequences) -> list[dict[str, Any]]:
