@@ -56,15 +56,15 @@ def assert_equal(a: object, b: object, where: str = "checkpoint") -> None:
         assert a == b, where
 
 
-def save_small_model(folder: Path) -> None:
+def save_small_model(folder: Path, hidden: int = 32, intermediate: int = 48) -> None:
     """The built-in world's tokenizer with a Llama of some 20 000 weights, that ends its answers now and then."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from rlhf_lit.models.loading import PLAYGROUND
 
     config = AutoConfig.from_pretrained(PLAYGROUND)
-    config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2})
-    config.update({"num_key_value_heads": 2, "head_dim": 16})
+    config.update({"hidden_size": hidden, "intermediate_size": intermediate, "head_dim": hidden // 2})
+    config.update({"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     tokenizer = AutoTokenizer.from_pretrained(PLAYGROUND)

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import tomllib
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from rlhf_lit.errors import UserError
 ROOT = Path(__file__).parents[2]
 EXTENDING = [ROOT / "docs" / "add_a_loss.md", ROOT / "docs" / "extending.md"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("README.md"))
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 ALGORITHMS = ("SFT", "RewardModel", "PPO", "RLOO", "GRPO", "DPO", "KTO")
 ON_POLICY = ("PPO", "RLOO", "GRPO")
@@ -57,10 +59,10 @@ def blocks(page: Path, language: str) -> list[str]:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-@pages
+@pytest.mark.parametrize("page", [*PAGES, *EXPERIMENTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_path_and_link_exists(page: Path) -> None:
     paths = re.findall(rf"(?<![\w./-])(?:{'|'.join(ROOMS)})/[\w./*-]*", "\n".join(spans(page)))
-    assert paths or page.name == "python.md"
+    assert paths or page.name == "python.md" or page in EXPERIMENTS
     missing = [path for path in paths if not list(ROOT.glob(path.rstrip("/")))]
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in link]
     missing += [link for link in links if not (page.parent / link.split("#")[0]).exists()]
@@ -143,7 +145,7 @@ def commands_in(config: Path) -> list[str]:
 
 
 TYPED = sorted(
-    {command for page in PAGES if page not in EXTENDING for command in commands_of(page)}
+    {command for page in [*PAGES, *EXPERIMENTS] if page not in EXTENDING for command in commands_of(page)}
     | {command for config in CONFIGS for command in commands_in(config)}
 )
 
@@ -164,8 +166,22 @@ def test_every_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch
     if words[0] == "pip":
         assert words[1] == "install"
         return
-    assert words[:3] == ["python", "-m", "rlhf_lit"]
+    assert words[:2] == ["python", "-m"]
     argv = words[3:]
+    if words[2].startswith("experiments."):
+        assert all((ROOT / word).exists() for word in argv if word.endswith((".yaml", ".jsonl")) and "{" not in word)
+        monkeypatch.setattr(sys, "argv", words[2:])
+        parse_arguments = ArgumentParser.parse_args
+
+        def parse_only(parser: ArgumentParser) -> None:
+            parse_arguments(parser)
+            raise Accepted
+
+        monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
+        with pytest.raises(Accepted):
+            import_module(words[2]).main()
+        return
+    assert words[2] == "rlhf_lit"
     if any("help" in word for word in argv):
         assert main(argv) == 0
         return

@@ -37,7 +37,7 @@ def constant(sequences: Sequences) -> Tensor:
     return -sequences.mask.float()
 
 
-def main(rows: int, tokens: int, response: int) -> None:
+def measure(rows: int, tokens: int, response: int) -> None:
     """Measure with so many rows, of so many tokens, of which so many are the response's."""
     torch.set_num_threads(1)
     config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16)
@@ -71,10 +71,15 @@ def main(rows: int, tokens: int, response: int) -> None:
                 cache.read(batch)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--response", type=int, default=256)
     arguments = parser.parse_args()
-    main(arguments.rows, arguments.tokens, arguments.response)
+    measure(arguments.rows, arguments.tokens, arguments.response)
+
+
+if __name__ == "__main__":
+    main()
