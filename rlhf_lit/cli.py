@@ -44,6 +44,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.preference import PreferenceLoss
 from rlhf_lit.preflight.callback import Preflight
+from rlhf_lit.timing import Phases
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # for PPO a sanity check would sample before the first step
@@ -262,7 +263,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _own_callbacks(settings: Namespace, given: list[Callback]) -> list[Callback]:
-    own: list[Callback] = [recording.SampleWriter(), recording.PredictionWriter(), recording.HFExport()]
+    own: list[Callback] = [Phases(), recording.SampleWriter(), recording.PredictionWriter(), recording.HFExport()]
     if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in given):
         own.append(tracking.progress_bar())
     return own

@@ -7,6 +7,7 @@ is ever exhausted by Lightning, so the epoch rolls over before its last batch is
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar
@@ -49,6 +50,7 @@ class BatchLoader:
         self.world = world
         self.epoch = 0
         self.position = 0
+        self.seconds = 0.0  # spent on making batches
 
     def __len__(self) -> int:
         return math.ceil(len(self.examples) / self.batch_size)
@@ -71,8 +73,11 @@ class BatchLoader:
             yield self._batch(order, step)
 
     def _batch(self, order: Tensor, step: int) -> Record:
+        started = time.perf_counter()
         rows = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
-        return self.collate([self.examples[i] for i in rows.tolist()])
+        batch = self.collate([self.examples[i] for i in rows.tolist()])
+        self.seconds += time.perf_counter() - started
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch comes from."""
@@ -142,6 +147,8 @@ class RolloutLoader:
         self.rollout = 0
         self.step = 0
         self.buffer: ExperienceBatch | None = None
+        self.seconds = 0.0  # spent on prompts and minibatches
+        self.collecting = 0.0  # seconds of the rollouts in between
 
     @property
     def episodes_per_rollout(self) -> int:
@@ -159,13 +166,19 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[ExperienceBatch]:
         for _ in range(len(self)):
-            yield self._next()
+            started, collecting = time.perf_counter(), self.collecting
+            minibatch = self._next()
+            self.seconds += time.perf_counter() - started - (self.collecting - collecting)
+            yield minibatch
 
     def _next(self) -> ExperienceBatch:
         if self.buffer is not None and self.spent():
             self.rollout, self.step, self.buffer = self.rollout + 1, 0, None
         if self.buffer is None:
-            self.buffer = self.collect(self._prompts_of(self.rollout), self.rollout).to("cpu")
+            prompts = self._prompts_of(self.rollout)
+            started = time.perf_counter()
+            self.buffer = self.collect(prompts, self.rollout).to("cpu")
+            self.collecting += time.perf_counter() - started
         buffer = self.buffer
         per_epoch = self.episodes_per_rollout // self.minibatch_size
         epoch, minibatch = divmod(self.step, per_epoch)
