@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.loading import unwrapped
 from rlhf_lit.randomness import gumbel_noise
+
+# Rows that have ended are dropped from batches of at least so many.
+SMALLEST_TO_DROP = 2
 
 
 @dataclass(frozen=True)
@@ -137,31 +142,116 @@ def sample(
 def _generate(
     model: nn.Module, prompts: Sequences, keys: Tensor | None, sampling: Sampling, stop_ids: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """[rows, new] tokens and their log-probs, for prompts of similar length."""
-    from transformers import GenerationConfig
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    """[rows, new] tokens and their log-probs, for prompts of similar length; what follows a stop token is filler.
 
-    inner: Any = unwrapped(model)
+    Prompts that stand here more than once are read once. When half of the rows have ended, they are dropped, and the
+    others go on from their own part of the key-value cache.
+    """
     width = prompts.tokens.shape[1]
     # Left padding: each row's last prompt token must stand next to its first new one.
     shift = width - prompts.lengths
     index = torch.arange(width, device=shift.device)[None] - shift[:, None]
-    attention = index >= 0
-    left = torch.where(attention, prompts.tokens.gather(1, index.clamp(min=0)), 0)
-    noise = _KeyedNoise(keys, sampling, width)
+    attention = (index >= 0).long()
+    ids = torch.where(index >= 0, prompts.tokens.gather(1, index.clamp(min=0)), 0)
+    rows = torch.arange(len(ids), device=ids.device)
+    tokens = ids.new_full((len(ids), sampling.max_new_tokens), stop_ids[0])
+    logprobs = torch.zeros(tokens.shape, device=ids.device)
+    noise, done = _KeyedNoise(keys, sampling, width), 0
+    with torch.no_grad(), _generating(unwrapped(model)) as inner:
+        cache = _read_once(inner, ids, attention)
+        while True:
+            noise.keys = None if keys is None else keys[rows.to(keys.device)]
+            noise.logprobs = []
+            output = inner.generate(
+                ids,
+                attention_mask=attention,
+                past_key_values=cache,
+                generation_config=_stop_at(stop_ids, sampling.max_new_tokens - done),
+                logits_processor=[noise],
+                stopping_criteria=[_HalfEnded(stop_ids)] if len(rows) >= SMALLEST_TO_DROP else [],
+            )
+            new = output.sequences[:, ids.shape[1] :]
+            tokens[rows, done : done + new.shape[1]] = new
+            logprobs[rows, done : done + new.shape[1]] = torch.stack(noise.logprobs, dim=1).to(logprobs.dtype)
+            done += new.shape[1]
+            going_on = ~_stops(new, stop_ids).any(-1)
+            if done == sampling.max_new_tokens or not bool(going_on.any()):
+                return tokens[:, :done], logprobs[:, :done]
+            cache = getattr(output, "past_key_values", None)  # None: a model without one reads everything again
+            if cache is not None:
+                cache.batch_select_indices(going_on.nonzero().squeeze(-1))
+            rows, ids = rows[going_on], output.sequences[going_on]
+            attention = nn.functional.pad(attention[going_on], (0, new.shape[1]), value=1)
+
+
+def _stops(tokens: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
+    """Which of them are stop tokens."""
+    return torch.isin(tokens, torch.tensor(stop_ids, device=tokens.device))
+
+
+class _HalfEnded:
+    """A stopping criterion: ends a batch once half of its rows have ended."""
+
+    def __init__(self, stop_ids: tuple[int, ...]) -> None:
+        self.stop_ids = stop_ids
+        self.ended: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        ended = _stops(input_ids[:, -1], self.stop_ids)
+        self.ended = ended if self.ended is None else self.ended | ended
+        return (self.ended.sum() * 2 >= len(self.ended)).expand(len(self.ended))
+
+
+def _stop_at(stop_ids: tuple[int, ...], new_tokens: int) -> Any:
+    """Settings of a call of generate that takes the likeliest token each time."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
+        use_cache=True,
+        return_dict_in_generate=True,
+    )
+
+
+def _read_once(inner: Any, ids: Tensor, attention: Tensor) -> Any:
+    """The key-value cache of all prompts but their last token, where each prompt stands there twice or more; else None.
+
+    A cache of sliding windows or states, which cannot give up its last token, is not made.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    width, layers = ids.shape[1], DynamicCache(config=inner.config).layers
+    different, place = torch.unique(torch.cat([ids, attention], -1), dim=0, return_inverse=True)
+    if width < 2 or 2 * len(different) > len(ids) or any(type(layer) is not DynamicLayer for layer in layers):
+        return None
+    settings = _stop_at((0,), 1)
+    output = inner.generate(different[:, :width], attention_mask=different[:, width:], generation_config=settings)
+    cache = getattr(output, "past_key_values", None)
+    if not isinstance(cache, DynamicCache):
+        return None
+    cache.crop(-1)
+    cache.batch_select_indices(place)
+    return cache
+
+
+@contextmanager
+def _generating(inner: Any) -> Iterator[Any]:
+    """The model without what would change its samples or slow them down."""
+    from transformers import GenerationConfig
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     own_config = inner.generation_config
     # The model's own defaults (repetition penalties, top-k) would silently change the distribution.
-    inner.generation_config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
-    )
+    inner.generation_config = GenerationConfig()
     checkpointing = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer) and m.training]
     for module in checkpointing:  # in training mode they would switch the key-value cache off
         module.training = False
     try:
-        with torch.no_grad():
-            output = inner.generate(left, attention_mask=attention.long(), logits_processor=[noise], use_cache=True)
+        yield inner
     finally:
         inner.generation_config = own_config
         for module in checkpointing:
             module.training = True
-    return output[:, width:], torch.stack(noise.logprobs, dim=1)

@@ -1,5 +1,8 @@
 """Sampling: the softmax, and nothing else, decides what is drawn."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import tiny
 import torch
@@ -9,6 +12,7 @@ from rlhf_lit.batches import Sequences
 from rlhf_lit.models.loading import Base, load_causal_lm
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.randomness import row_keys
+from rlhf_lit.rollout import engine
 from rlhf_lit.rollout.engine import Samples, Sampling, sample
 
 
@@ -117,6 +121,69 @@ def test_any_stop_token_ends_a_response(model: torch.nn.Module) -> None:
     last = {response[-1] for response, end in zip(responses(samples), samples.ended, strict=True) if end}
     assert {7, 8} & last
     assert all(not {tiny.EOS, 7, 8} & set(response[:-1]) for response in responses(samples))
+
+
+@contextmanager
+def reads(model: torch.nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """The [rows, time] of each forward inside."""
+    shapes: list[tuple[int, int]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+ATTENTION = {"llama": {}, "gpt2": {}, "mistral": {"sliding_window": 5}, "gemma2": {"sliding_window": 5}}
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_rows_that_have_ended_are_dropped_and_no_sample_changes(
+    kind: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.save_model(tmp_path_factory.mktemp(kind), kind, **ATTENTION[kind])
+    model = load_causal_lm(Base(name=folder))
+    batch = tiny.prompts(24)
+    settings = Sampling(max_new_tokens=40, rows_at_once=24)
+
+    def answers() -> tuple[Samples, list[tuple[int, int]]]:
+        with reads(model) as shapes:
+            return sample(model, batch.prompts, keys(batch.index), settings, (tiny.EOS, 7, 8)), shapes
+
+    samples, shapes = answers()
+    rows = [rows for rows, _ in shapes]
+    assert rows == sorted(rows, reverse=True)
+    assert len(set(rows)) >= 3, "24, at most 12, at most 6"
+    assert all(time == 1 for _, time in shapes[1:]), "nothing is read twice"
+    monkeypatch.setattr(engine, "SMALLEST_TO_DROP", 25)
+    alone, all_rows = answers()
+    assert {rows for rows, _ in all_rows} == {24}
+    assert responses(samples) == responses(alone)
+    torch.testing.assert_close(samples.sampled_logprobs, alone.sampled_logprobs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_a_prompt_with_several_samples_is_read_once(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tiny.save_model(tmp_path_factory.mktemp(kind), kind, **ATTENTION[kind])
+    model = load_causal_lm(Base(name=folder))
+    prompts = tiny.prompts(4).prompts
+    many = prompts.select(torch.arange(4).repeat_interleave(3))
+    settings = Sampling(max_new_tokens=6, rows_at_once=12)
+    with reads(model) as shapes:
+        samples = sample(model, many, keys(torch.arange(12)), settings, (tiny.EOS,))
+    longest = int(prompts.lengths.max())
+    windowed = "sliding_window" in ATTENTION[kind]  # of which a token cannot be taken back
+    assert shapes[:2] == [(12 if windowed else 4, longest), (12, 1)]
+    apart = [
+        sample(model, many.select(torch.tensor([i])), keys(torch.tensor([i])), settings, (tiny.EOS,)) for i in range(12)
+    ]
+    assert responses(samples) == [responses(one)[0] for one in apart]
+    assert len({tuple(response) for response in responses(samples)}) > 8
+    with reads(model) as shapes:
+        sample(model, prompts, keys(torch.arange(4)), settings, (tiny.EOS,))
+    assert shapes[0] == (4, longest), "different prompts are read together, not in advance"
 
 
 @pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"rows_at_once": 0}])
