@@ -1,6 +1,6 @@
 """What the algorithms that learn from their own samples share: the rollout and the policy's loss.
 
-Read from ``rollout`` (sample, score, shape, penalise) to ``policy_shares`` (the update). In between stands
+Read from ``rollout`` (sample, score, shape, penalise) to ``shares`` (the update). In between stands
 ``estimate``, where an algorithm turns rewards into advantages: PPO by a critic, RLOO and GRPO by comparing responses to
 one prompt. The data module asks for a rollout whenever its buffer is spent and hands it back in minibatches, one
 optimizer step each.
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share, require_no_dropout
 from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
@@ -288,50 +288,67 @@ class OnPolicy(WritingAlgorithm):
         return "episodes"
 
     def shares(self, batch: ExperienceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
-        yield from self.policy_shares(batch, units)
-
-    def policy_shares(self, batch: ExperienceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
-        """The policy's loss on a micro-batch: clipped objective, entropy bonus, and the KL where it stands there."""
-        mask, bonus = batch.sequences.mask, self.policy_loss.entropy_coefficient
         with self.roles.acting("policy") as model:
-            if bonus:
-                logprobs, entropy = token_logprobs_and_entropy(model, batch.sequences, self.sampling.temperature)
-            else:
-                logprobs, entropy = token_logprobs(model, batch.sequences, self.sampling.temperature), None
-            terms = self.policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, batch.sampled_logprobs)
-            weights = token_weights(
-                mask.to(logprobs.dtype),
-                self.policy_loss.aggregation,
-                units["tokens"],
-                units["episodes"],
-                self.sampling.max_new_tokens,
-            )
-            loss = masked_sum(weights * terms.losses, mask)
-            metrics = {
-                "policy/approxkl": (logprobs - batch.old_logprobs).square() / 2,
-                "policy/update_kl": batch.old_logprobs - logprobs,
-                "policy/clipfrac": terms.clipped.float(),
-                "policy/ratio_mean": terms.ratio,
-                "policy/ratio_square": terms.ratio.square(),
-            }
-            if self.policy_loss.importance_cap is not None:
-                metrics["policy/importance"] = terms.importance
-            shares = {"policy/loss": loss.detach()}
-            if entropy is not None:
-                loss = loss - bonus * masked_sum(weights * entropy, mask)
-                metrics["policy/entropy"] = entropy
-            if self.kl.placement == "loss" and self.kl.estimator != "full":
-                estimate = estimate_kl(logprobs - batch.reference_logprobs, self.kl.estimator)
-                kl_loss = masked_sum(weights * estimate, mask)
-                loss, shares["policy/kl_loss"] = loss + batch.kl_coefficient * kl_loss, kl_loss.detach()
-            shares |= {name: masked_sum(x.detach(), mask) / units["tokens"] for name, x in metrics.items()}
-            # The backward pass of this share runs before the role is given up.
-            yield Share(loss, shares)
+            yield self.policy_share(model, batch, units)
+        yield from self.kl_shares(batch, units)
+
+    def policy_share(
+        self, model: nn.Module, batch: ExperienceBatch, units: dict[str, Tensor], states: Tensor | None = None
+    ) -> Share:
+        """The policy's loss on a micro-batch: clipped objective, entropy bonus, and the KL where it stands there.
+
+        Args:
+            model: the policy, whose role is in force until the share has been followed backwards.
+            batch: a micro-batch.
+            units: denominators of the whole batch.
+            states: [rows, time, width] the policy's hidden states, where they are at hand.
+        """
+        mask, bonus = batch.sequences.mask, self.policy_loss.entropy_coefficient
+        temperature = self.sampling.temperature
+        if bonus:
+            logprobs, entropy = token_logprobs_and_entropy(model, batch.sequences, temperature, states)
+        else:
+            logprobs, entropy = token_logprobs(model, batch.sequences, temperature, states), None
+        terms = self.policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, batch.sampled_logprobs)
+        weights = self._weights(batch, units, logprobs.dtype)
+        loss = masked_sum(weights * terms.losses, mask)
+        metrics = {
+            "policy/approxkl": (logprobs - batch.old_logprobs).square() / 2,
+            "policy/update_kl": batch.old_logprobs - logprobs,
+            "policy/clipfrac": terms.clipped.float(),
+            "policy/ratio_mean": terms.ratio,
+            "policy/ratio_square": terms.ratio.square(),
+        }
+        if self.policy_loss.importance_cap is not None:
+            metrics["policy/importance"] = terms.importance
+        shares = {"policy/loss": loss.detach()}
+        if entropy is not None:
+            loss = loss - bonus * masked_sum(weights * entropy, mask)
+            metrics["policy/entropy"] = entropy
+        if self.kl.placement == "loss" and self.kl.estimator != "full":
+            estimate = estimate_kl(logprobs - batch.reference_logprobs, self.kl.estimator)
+            kl_loss = masked_sum(weights * estimate, mask)
+            loss, shares["policy/kl_loss"] = loss + batch.kl_coefficient * kl_loss, kl_loss.detach()
+        shares |= {name: masked_sum(x.detach(), mask) / units["tokens"] for name, x in metrics.items()}
+        return Share(loss, shares)
+
+    def kl_shares(self, batch: ExperienceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+        """The exact KL, where that is the penalty and stands in the loss."""
         if self.kl.placement == "loss" and self.kl.estimator == "full":
             with self.roles.acting("policy"):
                 exact = exact_kl_to_reference(self.roles, batch.sequences, self.sampling.temperature)
-                kl_loss = masked_sum(weights * exact, mask)
+                kl_loss = masked_sum(self._weights(batch, units, exact.dtype) * exact, batch.sequences.mask)
                 yield Share(batch.kl_coefficient * kl_loss, {"policy/kl_loss": kl_loss.detach()})
+
+    def _weights(self, batch: ExperienceBatch, units: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """[rows, time] what each token counts in the policy's loss."""
+        return token_weights(
+            batch.sequences.mask.to(dtype),
+            self.policy_loss.aggregation,
+            units["tokens"],
+            units["episodes"],
+            self.sampling.max_new_tokens,
+        )
 
     def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:
         if "policy/ratio_square" in totals:  # absent while a critic warms up

@@ -26,6 +26,7 @@ from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, ClippedValueLoss
 from rlhf_lit.losses.reductions import masked_sum, moments, whiten
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
+from rlhf_lit.models.logprobs import hidden_states
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
@@ -137,15 +138,30 @@ class PPO(OnPolicy):
         return self.global_step < self.critic.warmup
 
     def shares(self, batch: ExperienceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+        if self.critic.trunk and not self.warming_up:
+            # Both losses stand on the same hidden states: one pass forwards and one backwards do for the two.
+            with self.roles.acting("policy") as model:
+                states = hidden_states(model, batch.sequences.tokens)
+                policy = self.policy_share(model, batch, units, states)
+                value = self.value_share(model, batch, units, states)
+                yield Share(policy.loss + value.loss, policy.metrics | value.metrics)
+            yield from self.kl_shares(batch, units)
+            return
         if not self.warming_up:
-            yield from self.policy_shares(batch, units)
-        mask, tokens = batch.sequences.mask, units["tokens"]
+            yield from super().shares(batch, units)
         with self.roles.acting("value") as model:
-            values = token_values(model, self.roles.heads["value"], batch.sequences)
-            losses, clipped = self.value_loss(values, batch.values, batch.returns)
-            loss = masked_sum(losses, mask) / tokens
-            clipfrac = masked_sum(clipped.float(), mask) / tokens
-            yield Share(self.value_loss.coefficient * loss, {"value/loss": loss.detach(), "value/clipfrac": clipfrac})
+            yield self.value_share(model, batch, units)
+
+    def value_share(
+        self, model: nn.Module, batch: ExperienceBatch, units: dict[str, Tensor], states: Tensor | None = None
+    ) -> Share:
+        """The critic's loss on a micro-batch; arguments as of ``policy_share``, of the critic."""
+        mask, tokens = batch.sequences.mask, units["tokens"]
+        values = token_values(model, self.roles.heads["value"], batch.sequences, states)
+        losses, clipped = self.value_loss(values, batch.values, batch.returns)
+        loss = masked_sum(losses, mask) / tokens
+        clipfrac = masked_sum(clipped.float(), mask) / tokens
+        return Share(self.value_loss.coefficient * loss, {"value/loss": loss.detach(), "value/clipfrac": clipfrac})
 
     def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:
         super().log_step(totals, grad_norm)

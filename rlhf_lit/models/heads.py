@@ -33,10 +33,10 @@ def sequence_scores(model: nn.Module, head: nn.Module, sequences: Sequences) -> 
     return apply_head(head, states[rows, sequences.lengths - 1])
 
 
-def token_values(model: nn.Module, head: nn.Module, sequences: Sequences) -> Tensor:
+def token_values(model: nn.Module, head: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
     """V of the state in which each token was chosen: the head on the hidden state before it. → [rows, time], 0 off the
-    mask."""
-    states = hidden_states(model, sequences.tokens)
+    mask. ``states``: [rows, time, width] the hidden states, where they are at hand."""
+    states = hidden_states(model, sequences.tokens) if states is None else states
     values = nn.functional.pad(apply_head(head, states[:, :-1]), (1, 0))
     return torch.where(sequences.mask, values, torch.zeros_like(values))
 

@@ -74,11 +74,17 @@ def chunks(model: nn.Module, positions: int) -> Iterator[slice]:
         yield slice(start, min(start + step, positions))
 
 
-def predicting_states(model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """The hidden states that predict the masked tokens, and those tokens: [n, width], [n], row by row."""
+def predicting_states(model: nn.Module, sequences: Sequences, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict the masked tokens, and those tokens: [n, width], [n], row by row.
+
+    Args:
+        model: what gives the hidden states.
+        sequences: rows, the mask on the tokens that are predicted.
+        states: [rows, time, width] the hidden states, where they are at hand.
+    """
     predicted = sequences.mask[:, 1:]
-    states = hidden_states(model, sequences.tokens)[:, :-1][predicted]
-    return states, sequences.tokens[:, 1:][predicted]
+    states = hidden_states(model, sequences.tokens) if states is None else states
+    return states[:, :-1][predicted], sequences.tokens[:, 1:][predicted]
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
@@ -87,27 +93,35 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
     return nn.functional.pad(placed.masked_scatter(mask[:, 1:], values), (1, 0))
 
 
-def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+def token_logprobs(
+    model: nn.Module, sequences: Sequences, temperature: float = 1.0, states: Tensor | None = None
+) -> Tensor:
     """log π(token_t | tokens before t)/T of the masked tokens. → [rows, time], 0 off the mask, in nats.
 
     More than one chunk of logits is recomputed in the backward pass, so that they never stand in memory together.
+    ``states``: see ``predicting_states``.
     """
-    return _per_token(target_logprobs, 1, model, sequences, temperature)[0]
+    return _per_token(target_logprobs, 1, model, sequences, temperature, states)[0]
 
 
 def token_logprobs_and_entropy(
-    model: nn.Module, sequences: Sequences, temperature: float = 1.0
+    model: nn.Module, sequences: Sequences, temperature: float = 1.0, states: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same, and the entropy of the distribution each masked token was drawn from. → 2 × [rows, time]."""
-    logprobs, entropy = _per_token(target_logprobs_and_entropy, 2, model, sequences, temperature)
+    logprobs, entropy = _per_token(target_logprobs_and_entropy, 2, model, sequences, temperature, states)
     return logprobs, entropy
 
 
 def _per_token(
-    function: Callable[..., Tensor], columns: int, model: nn.Module, sequences: Sequences, temperature: float
+    function: Callable[..., Tensor],
+    columns: int,
+    model: nn.Module,
+    sequences: Sequences,
+    temperature: float,
+    given: Tensor | None,
 ) -> list[Tensor]:
     """A function of (states, targets) at the masked tokens, chunk by chunk. → ``columns`` × [rows, time]."""
-    states, targets = predicting_states(model, sequences)
+    states, targets = predicting_states(model, sequences, given)
     pieces = list(chunks(model, len(targets)))
     recompute = torch.is_grad_enabled() and len(pieces) > 1
     parts = [

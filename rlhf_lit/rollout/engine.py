@@ -165,7 +165,7 @@ def _generate(
             output = inner.generate(
                 ids,
                 attention_mask=attention,
-                past_key_values=cache,
+                **({} if cache is None else {"past_key_values": cache}),
                 generation_config=_stop_at(stop_ids, sampling.max_new_tokens - done),
                 logits_processor=[noise],
                 stopping_criteria=[_HalfEnded(stop_ids)] if len(rows) >= SMALLEST_TO_DROP else [],
@@ -177,11 +177,17 @@ def _generate(
             going_on = ~_stops(new, stop_ids).any(-1)
             if done == sampling.max_new_tokens or not bool(going_on.any()):
                 return tokens[:, :done], logprobs[:, :done]
-            cache = getattr(output, "past_key_values", None)  # None: a model without one reads everything again
+            cache = _filled(output)
             if cache is not None:
                 cache.batch_select_indices(going_on.nonzero().squeeze(-1))
             rows, ids = rows[going_on], output.sequences[going_on]
             attention = nn.functional.pad(attention[going_on], (0, new.shape[1]), value=1)
+
+
+def _filled(output: Any) -> Any:
+    """The key-value cache that a call of generate left; None of a model that has none, and reads everything again."""
+    cache = getattr(output, "past_key_values", None)
+    return cache if cache is not None and cache.get_seq_length() else None
 
 
 def _stops(tokens: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
@@ -229,7 +235,7 @@ def _read_once(inner: Any, ids: Tensor, attention: Tensor) -> Any:
         return None
     settings = _stop_at((0,), 1)
     output = inner.generate(different[:, :width], attention_mask=different[:, width:], generation_config=settings)
-    cache = getattr(output, "past_key_values", None)
+    cache = _filled(output)
     if not isinstance(cache, DynamicCache):
         return None
     cache.crop(-1)

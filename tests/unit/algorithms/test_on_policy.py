@@ -13,9 +13,9 @@ from rlhf_lit.algorithms import GRPO, PPO, RLOO
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import ExperienceBatch
 from rlhf_lit.errors import UserError
-from rlhf_lit.losses.kl import AdaptiveKL, FixedKL
+from rlhf_lit.losses.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
-from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.loading import Base, LoRA, unwrapped
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import MissingEOS, RewardFromFunction, RewardSource
@@ -307,6 +307,36 @@ def test_warming_up_moves_the_critic_alone(llama: str, tmp_path: Path, lora: LoR
             # The policy's moments and step counts have not begun either.
             states = module.optimizers().optimizer.state  # type: ignore[union-attr]
             assert len(states) == len(module.roles.critic_parameters())
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)])
+@pytest.mark.parametrize("kl", [FixedKL(0.1), FixedKL(0.1, "full", "loss")])
+def test_a_critic_on_the_trunk_costs_no_pass_of_its_own(llama: str, lora: LoRA | None, kl: KLController) -> None:
+    """The update's one pass has the gradient of the policy's and the critic's passes together."""
+    critic = Critic(init="policy", trunk=True)
+    module = tiny.make_ppo(
+        Base(name=llama, lora=lora), critic=critic, kl=kl, policy_loss=ClippedPolicyLoss(entropy_coefficient=0.01)
+    )
+    tiny.disturb(module, 0.05)
+    batch = module.rollout(tiny.prompts(6), 0)
+    tiny.disturb(module, 0.02, seed=9)
+    passes: list[bool] = []
+    hook = unwrapped(module.roles.policy).model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    together = tiny.Step(module, batch, cut=False)
+    hook.remove()
+    full = kl.estimator == "full"
+    assert passes.count(True) == 1 + full
+
+    module.zero_grad()
+    units = module.units(batch)
+    with module.roles.acting("value") as model:
+        module.value_share(model, batch, units).loss.backward()
+    for share in OnPolicy.shares(module, batch, units):
+        share.loss.backward()
+    apart = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert together.gradients.keys() == apart.keys()
+    for name, gradient in together.gradients.items():
+        torch.testing.assert_close(gradient, apart[name], rtol=1e-4, atol=1e-6)
 
 
 def test_an_adaptive_beta_stands_still_while_the_critic_warms_up(llama: str, tmp_path: Path) -> None:
