@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from rlhf_lit.losses.preference import PairLogProbs, PreferenceLoss
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.models.shared_prompts import pair_states
 from rlhf_lit.rollout.engine import Sampling
 
 
@@ -33,6 +35,8 @@ class DPO(OfflineAlgorithm):
         base: the model to start from, usually an SFT run.
         loss: which loss, with its β.
         reference: whether there is one, computed beforehand or not, fixed or following the policy.
+        share_prompts: compute the prompt of a pair once for both sides, where that saves a fifth of the tokens and the
+            model's attention takes a mask. How this machine carries it out: no result depends on it beyond rounding.
         sft_coefficient: c of an added c·Σ −log π(y_w,t)/Σ 1 over the tokens of the chosen responses, which keeps them
             likely (Liu et al. 2024, arXiv 2405.16436; Pang et al. 2024, arXiv 2404.19733). 0 leaves it out.
         learning_rate: peak learning rate.
@@ -51,6 +55,7 @@ class DPO(OfflineAlgorithm):
         loss: PreferenceLoss,
         reference: Reference = Reference(),
         sft_coefficient: float = 0.0,
+        share_prompts: bool = True,
         learning_rate: float = 1e-6,
         optimizer: Optimizer = Optimizer(),
         schedule: Schedule = Schedule(),
@@ -63,6 +68,7 @@ class DPO(OfflineAlgorithm):
             raise UserError(f"model.sft_coefficient must be at least 0, not {sft_coefficient}")
         self.loss = loss
         self.sft_coefficient = sft_coefficient
+        self.share_prompts = share_prompts
 
     def units(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         pairs = torch.tensor(float(len(batch)), device=self.device)
@@ -77,9 +83,11 @@ class DPO(OfflineAlgorithm):
 
     def shares(self, batch: PreferenceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
         sides = batch.sides()  # one forward for both
-        reference = self.reference_sums(sides, batch.reference_sides())
+        states = partial(pair_states, chosen=batch.chosen, rejected=batch.rejected) if self.share_prompts else None
+        reference = self.reference_sums(sides, batch.reference_sides(), states)
         with self.roles.acting("policy") as model:
-            policy = row_sums(token_logprobs(model, sides), sides.mask)
+            logprobs = token_logprobs(model, sides, states=states(model) if states else None)
+            policy = row_sums(logprobs, sides.mask)
             pairs = PairLogProbs(*policy.chunk(2), *reference.chunk(2), *sides.mask.sum(-1).chunk(2))
             loss = self.loss(pairs).sum() / units["pairs"]
             metrics = self._metrics(pairs, units["pairs"])

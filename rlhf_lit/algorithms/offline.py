@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Batch, Optimizer, Schedule, require_no_dropout
 from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
@@ -143,18 +143,21 @@ class OfflineAlgorithm(WritingAlgorithm):
         """Whether a reference model is there to be asked."""
         return self.compares and self.roles.has_reference
 
-    def reference_sums(self, sequences: Sequences, known: Tensor | None) -> Tensor:
+    def reference_sums(
+        self, sequences: Sequences, known: Tensor | None, states: Callable[[nn.Module], Tensor] | None = None
+    ) -> Tensor:
         """[rows] Σ_t log π₀(y_t) over the response, without a gradient; 0 where there is no reference.
 
         Args:
             sequences: prompt + response, the mask on the response.
             known: [rows, time] per-token log-probs, where they were computed beforehand.
+            states: what gives the hidden states of the sequences, where not a forward pass over their rows.
         """
         if not self.compares:
             return torch.zeros(len(sequences), device=sequences.tokens.device)
         if known is None:
             with torch.no_grad(), self.roles.acting("reference") as model:
-                known = token_logprobs(model, sequences)
+                known = token_logprobs(model, sequences, states=states(model) if states else None)
         return row_sums(known, sequences.mask)
 
     def with_reference(self, batch: Any, logprobs: Callable[[Sequences], Tensor]) -> Record:

@@ -26,9 +26,10 @@ def apply_head(head: nn.Module, states: Tensor) -> Tensor:
         return head(states.to(weight.dtype)).squeeze(-1)
 
 
-def sequence_scores(model: nn.Module, head: nn.Module, sequences: Sequences) -> Tensor:
-    """The head on the hidden state of each row's last real token, found from its length. → [rows]."""
-    states = hidden_states(model, sequences.tokens)
+def sequence_scores(model: nn.Module, head: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
+    """The head on the hidden state of each row's last real token, found from its length. → [rows]. ``states``:
+    [rows, time, width] the hidden states, where they are at hand."""
+    states = hidden_states(model, sequences.tokens) if states is None else states
     rows = torch.arange(len(sequences), device=states.device)
     return apply_head(head, states[rows, sequences.lengths - 1])
 

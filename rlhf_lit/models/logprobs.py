@@ -21,8 +21,16 @@ from rlhf_lit.models.loading import unwrapped
 CHUNK_LOGITS = 2**24
 
 
-def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
+def hidden_states(
+    model: nn.Module, tokens: Tensor, positions: Tensor | None = None, seen: Tensor | None = None
+) -> Tensor:
     """[rows, time] tokens → [rows, time, width] last hidden states, from the body without its head.
+
+    Args:
+        model: a causal language model, or one with a scalar head.
+        tokens: right-padded.
+        positions: [rows, time] of each token, where they are not 0, 1, 2, …
+        seen: [rows, 1, time, time] bool, which tokens (last axis) each token attends to, where not to all before it.
 
     Raises:
         UserError: more tokens than the model has positions for.
@@ -34,7 +42,8 @@ def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
             f"data.max_length: a sequence of {tokens.shape[1]} tokens does not fit the model's context of {limit}"
         )
     body = getattr(inner, inner.base_model_prefix)
-    return body(input_ids=tokens, use_cache=False).last_hidden_state
+    placed = {} if positions is None else {"position_ids": positions, "attention_mask": seen}
+    return body(input_ids=tokens, use_cache=False, **placed).last_hidden_state
 
 
 def logits(model: nn.Module, states: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ class _HalfEnded:
         self.stop_ids = stop_ids
         self.ended: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         ended = _stops(input_ids[:, -1], self.stop_ids)
         self.ended = ended if self.ended is None else self.ended | ended
         return (self.ended.sum() * 2 >= len(self.ended)).expand(len(self.ended))

@@ -1,0 +1,124 @@
+"""The states of pairs whose prompt is computed once, against those of the rows apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from rlhf_lit.batches import Sequences
+from rlhf_lit.models.loading import Base, LoRA, load_causal_lm, load_scorer, unwrapped
+from rlhf_lit.models.logprobs import hidden_states
+from rlhf_lit.models.shared_prompts import pair_states
+
+
+def pairs(prompts: list[int], chosen: list[int], rejected: list[int]) -> tuple[Sequences, Sequences]:
+    """Sides of so many prompt and answer tokens; answers of a pair begin differently."""
+    generator = torch.Generator().manual_seed(4)
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    for prompt, *answers in zip(prompts, chosen, rejected, strict=True):
+        head = tiny.words(generator, prompt)
+        for side, size, first in zip(sides, answers, (5, 6), strict=True):
+            answer = [first, *tiny.words(generator, size)]
+            side.append((head + answer, [False] * prompt + [True] * len(answer)))
+    padded = [Sequences.pad([t for t, _ in side], [m for _, m in side]) for side in sides]
+    return padded[0], padded[1]
+
+
+RAGGED = pairs([12, 3, 20, 9], [2, 7, 4, 0], [5, 1, 4, 11])
+
+
+def widths(model: nn.Module, chosen: Sequences, rejected: Sequences) -> tuple[Tensor, list[torch.Size]]:
+    """The states, and the shapes of the tokens that went through the body."""
+    inner: Any = unwrapped(model)
+    shapes: list[torch.Size] = []
+    body = getattr(inner, inner.base_model_prefix)
+    hook = body.register_forward_pre_hook(
+        lambda _, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    states = pair_states(model, chosen, rejected)
+    hook.remove()
+    return states, shapes
+
+
+def real(states: Tensor, sides: Sequences) -> Tensor:
+    """The states of real tokens."""
+    return states[torch.arange(states.shape[1])[None] < sides.lengths[:, None]]
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "granite"])
+def test_states_and_gradients_are_those_of_the_rows_apart(
+    kind: str, lora: LoRA | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tiny.save_model(tmp_path_factory.mktemp(kind), kind)
+    model = load_causal_lm(Base(name=folder, lora=lora)).double()
+    tiny.disturb(model, 0.05)
+    sides = RAGGED[0].join(RAGGED[1])
+    states, shapes = widths(model, *RAGGED)
+    assert shapes == [(4, 20 + 5 + 5)], "longest prompt and two answers"
+    expected = hidden_states(model, sides.tokens)
+    torch.testing.assert_close(real(states, sides), real(expected, sides), rtol=0, atol=1e-12)
+    weights = torch.linspace(-1, 1, expected.shape[-1], dtype=torch.float64)
+    gradients = []
+    for found in (states, expected):
+        model.zero_grad()
+        (real(found, sides).square() * weights).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    # The norms' own arithmetic is in float32, whatever the model's.
+    for one, other in zip(*gradients, strict=True):
+        assert float((one - other).norm()) < 1e-6 * float(other.norm())
+
+
+def test_the_beginning_that_answers_have_in_common_is_shared_too(llama: str) -> None:
+    """Also where one side is the beginning of the other, and where both are the same."""
+    model = load_causal_lm(Base(name=llama)).double()
+    tokens = [[1, 9, 8, 7, 5, 4], [1, 9, 8, 7, 5], [3, 3, 3, 9]]
+    other = [[1, 9, 8, 7, 5], [1, 9, 8, 7, 5], [3, 3, 3, 9]]
+    chosen, rejected = (Sequences.pad(rows, [[False] * len(row) for row in rows]) for rows in (tokens, other))
+    states, shapes = widths(model, chosen, rejected)
+    assert shapes == [(3, 6)]
+    sides = chosen.join(rejected)
+    torch.testing.assert_close(real(states, sides), real(hidden_states(model, sides.tokens), sides), rtol=0, atol=1e-12)
+
+
+def test_scorers_share_too(llama: str) -> None:
+    model = load_scorer(Base(name=llama)).double()
+    sides = RAGGED[0].join(RAGGED[1])
+    states, shapes = widths(model, *RAGGED)
+    assert len(shapes[0]) == 2
+    assert shapes[0][0] == 4
+    torch.testing.assert_close(real(states, sides), real(hidden_states(model, sides.tokens), sides), rtol=0, atol=1e-12)
+
+
+def test_where_it_saves_little_both_rows_are_computed(llama: str) -> None:
+    model = load_causal_lm(Base(name=llama))
+    chosen, rejected = pairs([3, 2], [9, 9], [8, 9])
+    assert widths(model, chosen, rejected)[1] == [(4, 13)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {}),
+        ("mistral", {"sliding_window": 5}),
+        ("gemma2", {"sliding_window": 5}),
+        ("llama", {"attention": "eager"}),
+    ],
+)
+def test_where_the_attention_takes_no_mask_both_rows_are_computed(
+    kind: str, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    attention = settings.get("attention")
+    config = {key: value for key, value in settings.items() if key != "attention"}
+    folder = tiny.save_model(tmp_path_factory.mktemp(kind), kind, **config)
+    base = Base(name=folder)
+    model = load_causal_lm(replace(base, attention=attention) if attention else base)
+    states, shapes = widths(model, *RAGGED)
+    assert shapes[0][0] == 8
+    assert states.equal(hidden_states(model, RAGGED[0].join(RAGGED[1]).tokens))
