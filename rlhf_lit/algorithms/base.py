@@ -50,7 +50,7 @@ class Optimizer:
         """The optimizer over groups of parameters (``params``), each with its learning rate (``lr``)."""
         options: dict[str, Any] = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
         if self.name == "adamw":
-            return torch.optim.AdamW(groups, **options)
+            return torch.optim.AdamW(groups, fused=True, **options)  # one pass over weight, gradient and moments
         import bitsandbytes
 
         kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.losses.kl import exact_kl
-from rlhf_lit.models.logprobs import chunks, logits, predicting_states, scatter
+from rlhf_lit.models.logprobs import chunks, logits, predicting_states, scatter, tempered
 from rlhf_lit.models.roles import Roles
 
 
@@ -60,9 +60,9 @@ def exact_kl_to_reference(roles: Roles, sequences: Sequences, temperature: float
 
     def piece_kl(policy_piece: Tensor, reference_piece: Tensor) -> Tensor:
         with torch.no_grad(), roles.acting("reference") as model:
-            reference = (logits(model, reference_piece) / temperature).log_softmax(-1)
+            reference = tempered(logits(model, reference_piece), temperature).log_softmax(-1)
         with roles.acting("policy") as model:
-            policy = (logits(model, policy_piece) / temperature).log_softmax(-1)
+            policy = tempered(logits(model, policy_piece), temperature).log_softmax(-1)
         return exact_kl(policy, reference)
 
     pieces = list(chunks(roles.policy, len(policy_states)))
@@ -92,9 +92,9 @@ def compare_with_reference(roles: Roles, sequences: Sequences, temperature: floa
     columns: list[list[Tensor]] = [[], [], [], []]
     for piece in chunks(roles.policy, len(targets)):
         with roles.acting("policy") as model:
-            policy_logits = logits(model, policy_states[piece]) / temperature
+            policy_logits = tempered(logits(model, policy_states[piece]), temperature)
         with roles.acting("reference") as model:
-            reference_logits = logits(model, reference_states[piece]) / temperature
+            reference_logits = tempered(logits(model, reference_states[piece]), temperature)
         index = targets[piece][:, None]
         # log softmax as logit − logsumexp, the very arithmetic of the update, so that the first ratio is exactly 1.
         policy = policy_logits - policy_logits.logsumexp(-1, keepdim=True)

@@ -61,15 +61,20 @@ def logits(model: nn.Module, states: Tensor) -> Tensor:
     return raw
 
 
+def tempered(raw: Tensor, temperature: float) -> Tensor:
+    """logits/T; as they are for T = 1, where a copy of the vocabulary's width would be all that is gained."""
+    return raw if temperature == 1 else raw / temperature
+
+
 def target_logprobs(model: nn.Module, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits/T) at the targets. [n, width], [n] → [n, 1], in nats."""
-    scaled = logits(model, states) / temperature
+    scaled = tempered(logits(model, states), temperature)
     return scaled.gather(-1, targets[:, None]) - scaled.logsumexp(-1, keepdim=True)
 
 
 def target_logprobs_and_entropy(model: nn.Module, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """The same, and −Σ_v π(v)·log π(v) of the distribution. [n, width], [n] → [n, 2], in nats."""
-    scaled = logits(model, states) / temperature
+    scaled = tempered(logits(model, states), temperature)
     normaliser = scaled.logsumexp(-1, keepdim=True)
     everything = scaled - normaliser
     entropy = -(everything.exp() * everything).sum(-1, keepdim=True)

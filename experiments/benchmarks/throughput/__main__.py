@@ -21,14 +21,19 @@ import torch
 from experiments.benchmarks.throughput.workload import SHAPES, TASKS, Measured, Workload, save_model
 
 HERE = "experiments.benchmarks.throughput"
-# Our setting against the peer's: TRL's defaults recompute activations, `plain` does not.
+# Our settings against the peer's: ``ours`` and ``trl_peer`` say what they are. Each side runs once a turn in each.
 TURNS = {
-    "sft": (("plain", "defaults"), ("plain", "plain")),
-    "reward": (("plain", "defaults"), ("plain", "plain")),
-    "dpo": (("plain", "defaults"), ("plain", "plain")),
+    "sft": (("plain", "defaults"), ("plain", "grouped")),
+    "reward": (("plain", "defaults"), ("plain", "grouped")),
+    "dpo": (("plain", "defaults"), ("plain", "grouped"), ("cached", "defaults"), ("cached", "grouped")),
     "ppo": (("plain", "plain"), ("trunk", "plain")),
+    "generate": (("plain", "plain"), ("samples", "samples")),
 }
-PPO = {"batch_size": 16, "max_length": 128, "steps": 3, "warm_up": 1}  # rollouts of 64 episodes
+OTHERS = {  # than a workload's own defaults
+    "ppo": {"batch_size": 16, "max_length": 128, "steps": 3, "warm_up": 1},  # rollouts of 64 episodes
+    "generate": {"batch_size": 64, "max_length": 128, "steps": 3, "warm_up": 1},
+}
+PEERS = {"ppo": "trl_ppo_peer", "generate": "trl_generate_peer"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class Pair:
 
     @property
     def speed(self) -> float:
-        """How often our steps go into the peer's time."""
-        return self.peer.seconds / self.ours.seconds
+        """What we do in the time in which the peer does one of it."""
+        return self.ours.rate / self.peer.rate
 
     @property
     def memory(self) -> float:
@@ -68,17 +73,22 @@ def main() -> None:
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     peer, turns, path = given.pop("peer"), given.pop("pairs"), given.pop("peer_path", None)
-    workload = Workload(pairs=given.pop("data"), **(PPO if given["task"] == "ppo" else {}) | given)
+    workload = Workload(pairs=given.pop("data"), **OTHERS.get(given["task"], {}) | given)
     Path(workload.folder).mkdir(parents=True, exist_ok=True)
     if not Path(workload.model, "config.json").exists():
         save_model(workload)
     file = workload.save()
-    module = f"{peer}_ppo_peer" if workload.task == "ppo" else f"{peer}_peer"
-    side("ours", file, "plain")  # fills the cache of tokens, and writes the peer's batches
+    module = PEERS.get(workload.task, "trl_peer")
     found: dict[tuple[str, str], list[Pair]] = {settings: [] for settings in TURNS[workload.task]}
+    for own in dict.fromkeys(own for own, _ in found):
+        side("ours", file, own)  # fills the caches, and writes the peer's batches
     for turn in range(turns):
+        measured: dict[tuple[str, str], Measured] = {}  # what stands in two pairs is measured once
         for (own, other), pairs in found.items():
-            pairs.append(Pair(side("ours", file, own), side(module, file, other, path)))
+            for key, where in ((("ours", own), None), ((module, other), path)):
+                if key not in measured:
+                    measured[key] = side(key[0], file, key[1], where)
+            pairs.append(Pair(measured["ours", own], measured[module, other]))
             ratios = f"{pairs[-1].speed:.2f} ×, memory {pairs[-1].memory:.2f} ×"
             print(f"{turn + 1}/{turns} {own} against {other}: {ratios}", flush=True)
     print(table(workload, peer, installed(peer, path), found))
@@ -109,8 +119,8 @@ def installed(peer: str, path: str | None) -> str:
 
 def table(workload: Workload, peer: str, release: str, found: dict[tuple[str, str], list[Pair]]) -> str:
     """Medians over the turns, and the spread of the ratios."""
-    amount = workload.amount()
-    unit = "episodes" if workload.task == "ppo" else "tokens"
+    unit = {"ppo": "episodes", "generate": "new tokens"}.get(workload.task, "tokens")
+    amount = next(iter(found.values()))[0].ours.amount
     card = (
         torch.cuda.get_device_name() if workload.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     )
@@ -126,9 +136,10 @@ def table(workload: Workload, peer: str, release: str, found: dict[tuple[str, st
     for (own, other), pairs in found.items():
         ours, theirs = ([getattr(pair, name) for pair in pairs] for name in ("ours", "peer"))
         speeds = [pair.speed for pair in pairs]
-        rate = [statistics.median(amount / one.seconds for one in of) for of in (ours, theirs)]
+        rate = [statistics.median(one.rate for one in of) for of in (ours, theirs)]
         peak = [statistics.median(one.peak for one in of) / 1e9 for of in (ours, theirs)]
-        apart = [abs(a - b) / abs(b) for p in pairs for a, b in zip(p.ours.losses, p.peer.losses, strict=True)]
+        compared = [pair for pair in pairs if pair.peer.losses]
+        apart = [abs(a - b) / abs(b) for p in compared for a, b in zip(p.ours.losses, p.peer.losses, strict=True)]
         head.append(
             f"| {own} | {other} | {rate[0]:.3g} | {rate[1]:.3g} | {statistics.median(speeds):.2f} "
             f"({min(speeds):.2f}–{max(speeds):.2f}) | {peak[0]:.2f} | {peak[1]:.2f} | "

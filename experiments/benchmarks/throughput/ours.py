@@ -1,6 +1,7 @@
 """Our side, as a process of its own: `… ours WORKLOAD.json RESULT.json SETTING`.
 
-Settings: `plain`; of PPO also `trunk`, whose critic is a head on the policy's own hidden states.
+Settings: `plain`; of PPO also `trunk`, whose critic is a head on the policy's own hidden states; of DPO also `cached`,
+whose reference log-probs were computed by an earlier run; of `generate` also `samples`, eight to each prompt.
 """
 
 from __future__ import annotations
@@ -18,24 +19,29 @@ from lightning import Callback, LightningModule, Trainer, seed_everything
 from experiments.benchmarks.throughput.workload import (
     BETA,
     KL_COEFFICIENT,
+    LONGEST,
     MINIBATCHES,
     NEW_TOKENS,
     PPO_EPOCHS,
+    STOP_TOKENS,
     Measured,
     Workload,
     peak_bytes,
+    prompt_batches,
 )
 from rlhf_lit.algorithms import DPO, PPO, SFT, RewardModel
 from rlhf_lit.algorithms.base import Algorithm, Schedule
+from rlhf_lit.algorithms.offline import Reference
 from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule
 from rlhf_lit.data.records import Source
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.loading import Base, load_causal_lm
 from rlhf_lit.models.roles import Critic
-from rlhf_lit.rollout.engine import Sampling
+from rlhf_lit.randomness import row_keys
+from rlhf_lit.rollout.engine import Sampling, sample
 from rlhf_lit.rollout.rewards import RewardFromModel
 
 CRITICS = {"plain": Critic(init="reward"), "trunk": Critic(init="policy", trunk=True)}
@@ -108,7 +114,8 @@ def algorithm(workload: Workload, setting: str) -> Algorithm:
         case "reward":
             return RewardModel(base, learning_rate=rate, schedule=schedule)
         case "dpo":
-            return DPO(base, loss=DPOLoss(beta=BETA), learning_rate=rate, schedule=schedule)
+            reference = Reference(precompute=setting == "cached", cache=str(Path(workload.folder, "reference")))
+            return DPO(base, loss=DPOLoss(beta=BETA), reference=reference, learning_rate=rate, schedule=schedule)
         case "ppo":
             return PPO(
                 base,
@@ -119,6 +126,8 @@ def algorithm(workload: Workload, setting: str) -> Algorithm:
                 learning_rate=rate,
                 schedule=schedule,
             )
+        case "generate":
+            raise AssertionError("nothing is trained")
 
 
 def data_module(workload: Workload) -> TextDataModule:
@@ -137,8 +146,27 @@ def data_module(workload: Workload) -> TextDataModule:
     return kind(Source(workload.pairs), **common)
 
 
+def generate(workload: Workload, setting: str) -> Measured:
+    """Answer the workload's prompts, as a rollout does."""
+    model = load_causal_lm(Base(name=workload.model)).to(workload.device)
+    settings, seconds, amount = Sampling(max_new_tokens=LONGEST), 0.0, 0
+    for step, prompts in enumerate(prompt_batches(workload, setting)):
+        tokens = Sequences.pad(prompts, [[False] * len(prompt) for prompt in prompts]).to(workload.device)
+        started = time.perf_counter()
+        keys = row_keys(step, torch.arange(len(prompts)), torch.zeros(len(prompts), dtype=torch.int64))
+        samples = sample(model, tokens, keys.to(workload.device), settings, STOP_TOKENS)
+        if workload.device == "cuda":
+            torch.cuda.synchronize()
+        if step >= workload.warm_up:
+            seconds += time.perf_counter() - started
+            amount += int(samples.sequences.mask.sum())
+    return Measured(seconds, amount, [], peak_bytes(workload.device))
+
+
 def main(workload: Workload, setting: str) -> Measured:
     """Train for the workload's steps."""
+    if workload.task == "generate":
+        return generate(workload, setting)
     seed_everything(0, verbose=False)
     watch = Watch(workload)
     trainer = Trainer(
@@ -160,7 +188,8 @@ def main(workload: Workload, setting: str) -> Measured:
     trainer.fit(algorithm(workload, setting), data_module(workload))
     workload.batches.write_text(json.dumps(watch.batches))
     losses = [] if workload.task == "ppo" else watch.losses
-    return Measured(watch.ended - watch.started, losses, peak_bytes(workload.device))
+    amount = workload.amount(watch.batches)
+    return Measured(watch.ended - watch.started, amount, losses, peak_bytes(workload.device))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """TRL's side, as a process of its own, by the peer's interpreter: `… trl_peer WORKLOAD.json RESULT.json SETTING`.
 
-Settings: `defaults`, which recompute activations in the backward pass (gradient checkpointing), and `plain`, without.
+Settings: `defaults`, which recompute activations in the backward pass (gradient checkpointing); `plain`, without; and
+`grouped`, without and with batches of rows of similar length, which are then other batches than ours.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from dataclasses import asdict
@@ -19,7 +21,6 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 from experiments.benchmarks.throughput.workload import BETA, Measured, Workload, peak_bytes
 
-SETTINGS = ("defaults", "plain")
 IGNORED = -100  # a label that no loss counts
 
 
@@ -52,9 +53,21 @@ class TokenisedDPO(DPOTrainer):
         return dataset
 
 
-def rows_of(workload: Workload) -> list[dict[str, Any]]:
-    """The workload's batches, one after another, in the columns of TRL's collators."""
-    rows = [row for batch in workload.read_batches() for row in batch]
+def batches_of(workload: Workload, setting: str) -> list[list[dict[str, Any]]]:
+    """The workload's batches; with the setting `grouped` their rows in batches of similar length, in random order."""
+    batches = workload.read_batches()
+    if setting != "grouped":
+        return batches
+    rows = [row for batch in batches for row in batch]
+    rows.sort(key=lambda row: max(len(side["tokens"]) for side in row.values()))
+    batches = [rows[i : i + workload.batch_size] for i in range(0, len(rows), workload.batch_size)]
+    random.Random(0).shuffle(batches)
+    return batches
+
+
+def columns(workload: Workload, batches: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The batches, one after another, in the columns of TRL's collators."""
+    rows = [row for batch in batches for row in batch]
     if workload.task == "sft":
         sides = [row["sequence"] for row in rows]
         labels = [
@@ -95,9 +108,9 @@ def main(workload: Workload, setting: str) -> Measured:
     if setting != "defaults":
         options["gradient_checkpointing"] = False
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
-    watch = Watch(workload)
+    watch, batches = Watch(workload), batches_of(workload, setting)
     given: dict[str, Any] = {
-        "train_dataset": Dataset.from_list(rows_of(workload)),
+        "train_dataset": Dataset.from_list(columns(workload, batches)),
         "processing_class": tokenizer,
         "callbacks": [watch],
     }
@@ -114,7 +127,8 @@ def main(workload: Workload, setting: str) -> Measured:
             reference = AutoModelForCausalLM.from_pretrained(workload.model)
             trainer = TokenisedDPO(model=model, ref_model=reference, args=DPOConfig(beta=BETA, **options), **given)
     trainer.train()
-    return Measured(watch.ended - watch.started, watch.losses, peak_bytes(workload.device))
+    losses = [] if setting == "grouped" else watch.losses
+    return Measured(watch.ended - watch.started, workload.amount(batches), losses, peak_bytes(workload.device))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main(workload: Workload, setting: str) -> Measured:
         callbacks=[watch],
     )
     trainer.train()
-    return Measured(watch.ended - watch.started, [], peak_bytes(workload.device))
+    return Measured(watch.ended - watch.started, workload.amount([]), [], peak_bytes(workload.device))
 
 
 if __name__ == "__main__":

@@ -15,15 +15,14 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Task = Literal["sft", "reward", "dpo", "ppo"]
+Task = Literal["sft", "reward", "dpo", "ppo", "generate"]
 TASKS: tuple[Task, ...] = get_args(Task)
 BETA = 0.1
-MINIBATCHES, PPO_EPOCHS, NEW_TOKENS, KL_COEFFICIENT = (
-    4,
-    4,
-    53,
-    0.05,
-)  # of a rollout, TRL's defaults but for the minibatches
+# Of a rollout, TRL's defaults but for the minibatches.
+MINIBATCHES, PPO_EPOCHS, NEW_TOKENS, KL_COEFFICIENT = 4, 4, 53, 0.05
+# `generate`: longest answer, and how many of the vocabulary's tokens end one: random weights draw all of them alike, so
+# answers end by themselves after 32 tokens on average.
+LONGEST, STOP_TOKENS, SAMPLES = 128, tuple(range(100, 100 + 8192 // 32)), 8
 # Llama shapes: hidden, intermediate, layers, heads, key-value heads, vocabulary.
 SHAPES = {
     "7m": (256, 704, 6, 4, 4, 8192),
@@ -42,7 +41,7 @@ class Workload:
         folder: where model, rows and results stand.
         pairs: a file of preference pairs; SFT learns the chosen side.
         shape: of ``SHAPES``.
-        steps: optimizer steps that are timed; of PPO, rollouts with all their updates.
+        steps: optimizer steps that are timed; of PPO, rollouts with all their updates; of `generate`, batches.
         warm_up: as many before them.
         batch_size: rows, pairs or episodes of an optimizer step.
         max_length: longest sequence, of PPO longest prompt; longer ones are left out.
@@ -111,12 +110,11 @@ class Workload:
         found: list[list[dict[str, Any]]] = json.loads(self.batches.read_text())
         return found
 
-    def amount(self) -> int:
-        """What the timed steps process: real tokens, both sides of a pair counted; of PPO, episodes."""
+    def amount(self, batches: list[list[dict[str, Any]]]) -> int:
+        """What the timed ones of these batches hold; of PPO, the episodes of the timed rollouts."""
         if self.task == "ppo":
             return self.steps * self.rollout_size
-        timed = self.read_batches()[self.warm_up :]
-        return sum(len(side["tokens"]) for batch in timed for row in batch for side in row.values())
+        return sum(len(side["tokens"]) for batch in batches[self.warm_up :] for row in batch for side in row.values())
 
 
 @dataclass(frozen=True)
@@ -125,13 +123,20 @@ class Measured:
 
     Attributes:
         seconds: of the timed steps together.
-        losses: of every step; none of PPO, whose two sides draw responses of their own.
+        amount: what they processed: real tokens, both sides of a pair counted; of PPO episodes, of `generate` new ones.
+        losses: of every step, where both sides saw the same batches.
         peak: bytes: on a CPU the largest resident set of the process, on a GPU the allocator's peak.
     """
 
     seconds: float
+    amount: int
     losses: list[float]
     peak: int
+
+    @property
+    def rate(self) -> float:
+        """Per second."""
+        return self.amount / self.seconds
 
 
 def peak_bytes(device: str) -> int:
@@ -172,3 +177,19 @@ def save_model(workload: Workload) -> None:
     LlamaForSequenceClassification(config).save_pretrained(workload.reward)
     for folder in (workload.model, workload.reward):
         tokenizer.save_pretrained(folder)
+
+
+def prompt_batches(workload: Workload, setting: str) -> list[list[list[int]]]:
+    """`generate`: the file's prompts as token ids, by batch; with the setting `samples` an eighth of them, each eight
+    times."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(workload.model)
+    rows = datasets.load_dataset("json", data_files=workload.pairs, split="train")
+    texts = [chosen[: chosen.rindex("Assistant:") + len("Assistant:")] for chosen in rows["chosen"]]
+    prompts = [tokens for tokens in tokenizer(texts).input_ids if len(tokens) <= workload.max_length]
+    times = SAMPLES if setting == "samples" else 1
+    each = workload.batch_size // times
+    batches = [prompts[i * each : (i + 1) * each] for i in range(workload.all_steps)]
+    return [[prompt for prompt in batch for _ in range(times)] for batch in batches]
