@@ -55,19 +55,18 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int) -> list[Tensor]:
     if budget < 1:
         raise ValueError(f"micro_batch_tokens must be at least 1, not {budget}")
     order = torch.argsort(lengths, descending=True, stable=True)
-    longest = lengths[order].double().cpu()
+    longest = lengths[order].cpu().double()
     before = torch.cat([torch.zeros(1), sizes[order].cumsum(0).cpu()]).double()  # sequences of the rows before each
     # The least cost of the first so many rows, and where their last group begins.
     least = torch.zeros(len(order) + 1, dtype=torch.float64)
     begins = [0] * (len(order) + 1)
     first = 0  # the earliest row that a group may begin with to end at the row at hand
     for end in range(1, len(order) + 1):
-        while first < end - 1 and float((before[end] - before[first]) * longest[first]) > budget:
+        while first < end - 1 and (before[end] - before[first]) * longest[first] > budget:
             first += 1
-        padded = (before[end] - before[first:end]) * longest[first:end]
-        costs = least[first:end] + padded + GROUP_COST * budget
+        costs = least[first:end] + (before[end] - before[first:end]) * longest[first:end] + GROUP_COST * budget
         begins[end] = first + int(costs.argmin())
-        least[end] = costs.min()
+        least[end] = costs[begins[end] - first]
     cuts = [len(order)]
     while cuts[-1]:
         cuts.append(begins[cuts[-1]])

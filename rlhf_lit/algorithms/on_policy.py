@@ -109,6 +109,7 @@ class OnPolicy(WritingAlgorithm):
         self.kl_multiplier = 1.0
         self.score_moments = ScoreMoments()
         self.rollout_spent = False  # what the data module asks before it hands out the next minibatch
+        self.rollout_seconds = 0.0  # of sampling and scoring, so far
         self.on_rollout: Callable[[int, RolloutRecord], None] | None = None
         """Called after each rollout with its number and all that it was made of."""
         self._rollout_metrics: dict[str, float] = {}
@@ -204,6 +205,7 @@ class OnPolicy(WritingAlgorithm):
         )
         record = RolloutRecord(prompts, samples, comparison, scores, penalty, rewards, experience, texts)
         seconds = sampled - started, time.perf_counter() - sampled
+        self.rollout_seconds += sum(seconds)
         self._rollout_metrics = {**self._sum_up(record, *seconds), **estimate.metrics}
         if self.on_rollout:
             self.on_rollout(number, record)

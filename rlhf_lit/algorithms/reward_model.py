@@ -62,6 +62,7 @@ class RewardModel(Algorithm):
         unit_variance: then also scale them so that all responses of those pairs have standard deviation 1.
         share_prompts: compute the prompt of a pair once for both sides, where that saves a fifth of the tokens and the
             model's attention takes a mask. How this machine carries it out: no result depends on it beyond rounding.
+            With LoRA dropout, which differs between the sides, it is never done.
     """
 
     progress_metrics = ("accuracy",)
@@ -90,7 +91,7 @@ class RewardModel(Algorithm):
         self.loss = loss
         self.centre_pairs = centre_pairs
         self.unit_variance = unit_variance
-        self.share_prompts = share_prompts
+        self.share_prompts = share_prompts and not (base.lora and base.lora.dropout)
         self.scorer: nn.Module
         self.normalisation: Normalisation | None = None
         # The stage under evaluation, whose pair metrics take the scores in as they are made.

@@ -148,7 +148,7 @@ class RolloutLoader:
         self.step = 0
         self.buffer: ExperienceBatch | None = None
         self.seconds = 0.0  # spent on prompts and minibatches
-        self.collecting = 0.0  # seconds of the rollouts in between
+        self._collecting = 0.0  # and on the rollouts in between
 
     @property
     def episodes_per_rollout(self) -> int:
@@ -166,9 +166,9 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[ExperienceBatch]:
         for _ in range(len(self)):
-            started, collecting = time.perf_counter(), self.collecting
+            started, collecting = time.perf_counter(), self._collecting
             minibatch = self._next()
-            self.seconds += time.perf_counter() - started - (self.collecting - collecting)
+            self.seconds += time.perf_counter() - started - (self._collecting - collecting)
             yield minibatch
 
     def _next(self) -> ExperienceBatch:
@@ -178,7 +178,7 @@ class RolloutLoader:
             prompts = self._prompts_of(self.rollout)
             started = time.perf_counter()
             self.buffer = self.collect(prompts, self.rollout).to("cpu")
-            self.collecting += time.perf_counter() - started
+            self._collecting += time.perf_counter() - started
         buffer = self.buffer
         per_epoch = self.episodes_per_rollout // self.minibatch_size
         epoch, minibatch = divmod(self.step, per_epoch)

@@ -69,9 +69,9 @@ def worst_shapes(length: int, sides: int, budget: int, rows: int) -> list[Shape]
     return [longest, Shape(min(second.rows, rows - longest.rows), second.length)]
 
 
-def _sequences(lengths: list[int], vocabulary: int) -> Sequences:
+def _sequences(lengths: list[int], vocabulary: int, seed: int = 0) -> Sequences:
     """Random tokens, every one but the first supervised."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
     return Sequences.pad(tokens, [[False] + [True] * (length - 1) for length in lengths])
 
@@ -163,7 +163,9 @@ class WorstCase(LightningDataModule):
             rank = torch.arange(answers).repeat(lists)
             return RankedBatch(rows, torch.full((lists,), answers), rank, torch.zeros(len(rows)), self.budget)
         if isinstance(self.data, PreferenceDataModule):
-            return PreferenceBatch(rows, rows, torch.zeros(len(rows)), self.budget)
+            # Sides that begin differently: no prompt to share, which is the most that a pair may need.
+            others = _sequences(rows.lengths.tolist(), self._vocabulary, seed=1)
+            return PreferenceBatch(rows, others, torch.zeros(len(rows)), self.budget)
         if isinstance(self.data, UnpairedDataModule):
             return UnpairedBatch(rows, rows, torch.ones(len(rows), dtype=torch.bool), self.budget)
         return SupervisedBatch(rows, self.budget)

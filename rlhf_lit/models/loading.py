@@ -106,6 +106,14 @@ class Base:
         return str(Path(self.folder).absolute()) if Path(self.folder).is_dir() else self.folder
 
 
+def attends_to_everything(inner: Any) -> bool:
+    """Whether all layers of a model are attention over all tokens before, with keys and values that may be cut off."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    layers = DynamicCache(config=inner.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
 def context_length(model: nn.Module) -> int | None:
     """The longest sequence a model was made for; None where its config does not say."""
     return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)

@@ -22,7 +22,11 @@ CHUNK_LOGITS = 2**24
 
 
 def hidden_states(
-    model: nn.Module, tokens: Tensor, positions: Tensor | None = None, seen: Tensor | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    positions: Tensor | None = None,
+    seen: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """[rows, time] tokens → [rows, time, width] last hidden states, from the body without its head.
 
@@ -31,16 +35,16 @@ def hidden_states(
         tokens: right-padded.
         positions: [rows, time] of each token, where they are not 0, 1, 2, …
         seen: [rows, 1, time, time] bool, which tokens (last axis) each token attends to, where not to all before it.
+        longest: tokens of the longest sequence, where a row holds several.
 
     Raises:
         UserError: more tokens than the model has positions for.
     """
     inner = unwrapped(model)
     limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and tokens.shape[1] > limit:
-        raise UserError(
-            f"data.max_length: a sequence of {tokens.shape[1]} tokens does not fit the model's context of {limit}"
-        )
+    length = tokens.shape[1] if longest is None else longest
+    if limit is not None and length > limit:
+        raise UserError(f"data.max_length: a sequence of {length} tokens does not fit the model's context of {limit}")
     body = getattr(inner, inner.base_model_prefix)
     placed = {} if positions is None else {"position_ids": positions, "attention_mask": seen}
     return body(input_ids=tokens, use_cache=False, **placed).last_hidden_state

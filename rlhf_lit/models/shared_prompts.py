@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.models.loading import unwrapped
+from rlhf_lit.models.loading import attends_to_everything, unwrapped
 from rlhf_lit.models.logprobs import hidden_states
 
 # What must be saved, of the tokens of both sides: a mask costs the fast causal kernel.
@@ -40,9 +40,9 @@ def pair_states(model: nn.Module, chosen: Sequences, rejected: Sequences) -> Ten
     positions = torch.where(begun, source, index)
     apart = begun[:, :, None] & ((index >= shared[:, None]) & ~begun)[:, None, :]
     seen = (index[0][:, None] >= index[0][None]) & ~apart
-    states = hidden_states(model, tokens, positions, seen[:, None])
-    # Back to rows of their own: the chosen side as it stands, the rejected one from the prompt and the second answer.
     width = max(chosen.tokens.shape[1], rejected.tokens.shape[1])
+    states = hidden_states(model, tokens, positions, seen[:, None], longest=width)
+    # Back to rows of their own: the chosen side as it stands, the rejected one from the prompt and the second answer.
     place = torch.arange(width, device=device)[None]
     last = states.shape[1] - 1
     second_place = torch.where(place < shared[:, None], place, place - shared[:, None] + first[:, None])
@@ -62,8 +62,7 @@ def _common_prefix(chosen: Sequences, rejected: Sequences) -> Tensor:
 
 def _takes_masks(model: nn.Module) -> bool:
     """Whether attention is by the kernel that takes a mask, over everything before, at positions that may be told."""
-    config: Any = unwrapped(model).config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    windowed = kinds - {"full_attention"} if kinds else getattr(config, "sliding_window", None)
-    rotary = getattr(config, "rope_parameters", None)
-    return bool(rotary) and not windowed and config._attn_implementation == "sdpa"
+    inner: Any = unwrapped(model)
+    config = inner.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
+    return bool(rotary) and config._attn_implementation == "sdpa" and attends_to_everything(inner)

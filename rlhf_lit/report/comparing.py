@@ -44,6 +44,7 @@ MACHINE = (
     "model.base.attention",
     "model.base.gradient_checkpointing",
     "model.sampling.rows_at_once",
+    "model.share_prompts",
     "model.reference.precompute",
     "model.reference.complete",
     "model.reference.cache",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.models.loading import unwrapped
+from rlhf_lit.models.loading import attends_to_everything, unwrapped
 from rlhf_lit.randomness import gumbel_noise
 
 # Rows that have ended are dropped from batches of at least so many.
@@ -144,8 +144,8 @@ def _generate(
 ) -> tuple[Tensor, Tensor]:
     """[rows, new] tokens and their log-probs, for prompts of similar length; what follows a stop token is filler.
 
-    Prompts that stand here more than once are read once. When half of the rows have ended, they are dropped, and the
-    others go on from their own part of the key-value cache.
+    Prompts that stand here twice or more on average are read once. When half of the rows have ended, they are dropped,
+    and the others go on from their own part of the key-value cache.
     """
     width = prompts.tokens.shape[1]
     # Left padding: each row's last prompt token must stand next to its first new one.
@@ -172,22 +172,27 @@ def _generate(
             )
             new = output.sequences[:, ids.shape[1] :]
             tokens[rows, done : done + new.shape[1]] = new
-            logprobs[rows, done : done + new.shape[1]] = torch.stack(noise.logprobs, dim=1).to(logprobs.dtype)
+            # On some devices generate takes one step more than it returns.
+            taken = torch.stack(noise.logprobs[: new.shape[1]], dim=1)
+            logprobs[rows, done : done + new.shape[1]] = taken.to(logprobs.dtype)
             done += new.shape[1]
             going_on = ~_stops(new, stop_ids).any(-1)
             if done == sampling.max_new_tokens or not bool(going_on.any()):
                 return tokens[:, :done], logprobs[:, :done]
             cache = _filled(output)
             if cache is not None:
-                cache.batch_select_indices(going_on.nonzero().squeeze(-1))
+                cache.reorder_cache(going_on.nonzero().squeeze(-1))
             rows, ids = rows[going_on], output.sequences[going_on]
             attention = nn.functional.pad(attention[going_on], (0, new.shape[1]), value=1)
 
 
 def _filled(output: Any) -> Any:
     """The key-value cache that a call of generate left; None of a model that has none, and reads everything again."""
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
     cache = getattr(output, "past_key_values", None)
-    return cache if cache is not None and cache.get_seq_length() else None
+    layers = cache.layers if isinstance(cache, Cache) else []
+    return cache if any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() for layer in layers) else None
 
 
 def _stops(tokens: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
@@ -223,23 +228,22 @@ def _stop_at(stop_ids: tuple[int, ...], new_tokens: int) -> Any:
 
 
 def _read_once(inner: Any, ids: Tensor, attention: Tensor) -> Any:
-    """The key-value cache of all prompts but their last token, where each prompt stands there twice or more; else None.
+    """The key-value cache of all prompts but their last token, where each is there twice or more on average; else None.
 
     A cache of sliding windows or states, which cannot give up its last token, is not made.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    width, layers = ids.shape[1], DynamicCache(config=inner.config).layers
+    width = ids.shape[1]
     different, place = torch.unique(torch.cat([ids, attention], -1), dim=0, return_inverse=True)
-    if width < 2 or 2 * len(different) > len(ids) or any(type(layer) is not DynamicLayer for layer in layers):
+    if width < 2 or 2 * len(different) > len(ids):
+        return None
+    if not (inner._supports_default_dynamic_cache() and attends_to_everything(inner)):
         return None
     settings = _stop_at((0,), 1)
     output = inner.generate(different[:, :width], attention_mask=different[:, width:], generation_config=settings)
     cache = _filled(output)
-    if not isinstance(cache, DynamicCache):
-        return None
-    cache.crop(-1)
-    cache.batch_select_indices(place)
+    if cache is not None:
+        cache.crop(-1)
+        cache.reorder_cache(place)
     return cache
 
 

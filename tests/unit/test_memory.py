@@ -267,6 +267,16 @@ def test_nothing_but_the_experience_is_left_of_a_rollout(llama: str) -> None:
         assert not any(column.requires_grad for column in experience.columns().values())
 
 
+def test_a_pair_is_measured_with_two_prompts(llama: str) -> None:
+    """Real pairs may have little in common: a measurement on sides that share their tokens would promise too much."""
+    data = PreferenceDataModule(batch_size=ROWS // 2, max_length=LENGTH)
+    shared, apart = (
+        bench(DPO(Base(name=llama), DPOLoss(0.1), share_prompts=share), data).measure(ROWS * LENGTH).peak
+        for share in (True, False)
+    )
+    assert shared == pytest.approx(apart, rel=0.02)
+
+
 # --- the search ------------------------------------------------------------------------------------------------------
 
 

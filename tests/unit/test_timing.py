@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_lit import timing
+from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import PromptBatch
 from rlhf_lit.data import batching
 from rlhf_lit.data.batching import BatchLoader, RolloutLoader
@@ -36,11 +37,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def steps(loader: Any, clock: Clock, update: float, between: float) -> list[dict[str, float]]:
+def steps(loader: Any, clock: Clock, update: float, between: float, module: Any = None) -> list[dict[str, float]]:
     """What is logged of steps over the loader's batches, with something that takes time after each."""
     trainer: Any = SimpleNamespace(train_dataloader=loader)
     rows: list[dict[str, float]] = []
-    module: Any = SimpleNamespace(log=lambda name, value: rows[-1].update({name: value}))
+    module: Any = module or SimpleNamespace()
+    module.log = lambda name, value: rows[-1].update({name: value})
     phases = timing.Phases()
     phases.on_train_start(trainer, module)
     for index, batch in enumerate(loader):
@@ -69,14 +71,28 @@ class Minibatch(SimpleNamespace):
         return self
 
 
+class Sampler(OnPolicy):
+    """As far as the clock looks at it."""
+
+    def __init__(self) -> None:
+        self.__dict__["rollout_seconds"] = 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__[name] = value
+
+
 def test_a_rollout_is_neither_data_nor_other(clock: Clock) -> None:
+    """But for what it does besides sampling and scoring."""
+    module = Sampler()
+
     def collect(prompts: PromptBatch, rollout: int) -> Any:
-        return clock.takes(8.0, Minibatch())
+        module.rollout_seconds += 8.0
+        return clock.takes(8.0 + 0.125, Minibatch())
 
     prompts = list(range(4))
     loader = RolloutLoader(prompts, lambda items: clock.takes(0.5), collect, lambda: False, 4, 1, 2, ppo_epochs=1)
-    first, second = steps(loader, clock, update=2.0, between=0.25)
-    assert first == {"time/data": 0.5, "time/update": 2.0, "time/other": 0.0}
+    first, second = steps(loader, clock, update=2.0, between=0.25, module=module)
+    assert first == {"time/data": 0.5, "time/update": 2.0, "time/other": 0.125}
     assert second == {"time/data": 0.0, "time/update": 2.0, "time/other": 0.25}
 
 

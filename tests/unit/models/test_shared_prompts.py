@@ -10,7 +10,9 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from rlhf_lit.algorithms import RewardModel
 from rlhf_lit.batches import Sequences
+from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base, LoRA, load_causal_lm, load_scorer, unwrapped
 from rlhf_lit.models.logprobs import hidden_states
 from rlhf_lit.models.shared_prompts import pair_states
@@ -96,26 +98,47 @@ def test_scorers_share_too(llama: str) -> None:
     torch.testing.assert_close(real(states, sides), real(hidden_states(model, sides.tokens), sides), rtol=0, atol=1e-12)
 
 
+def test_with_dropout_the_sides_are_computed_apart(llama: str) -> None:
+    """They would else have one noise on the prompt."""
+    assert RewardModel(Base(name=llama, lora=LoRA(rank=4))).share_prompts
+    assert not RewardModel(Base(name=llama, lora=LoRA(rank=4, dropout=0.1))).share_prompts
+
+
 def test_where_it_saves_little_both_rows_are_computed(llama: str) -> None:
     model = load_causal_lm(Base(name=llama))
     chosen, rejected = pairs([3, 2], [9, 9], [8, 9])
     assert widths(model, chosen, rejected)[1] == [(4, 13)]
 
 
+def test_the_context_limits_each_row_and_not_the_two_answers_together(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tiny.save_model(tmp_path_factory.mktemp("short"), "llama", max_position_embeddings=26)
+    model = load_causal_lm(Base(name=folder)).double()
+    states, shapes = widths(model, *RAGGED)
+    assert shapes == [(4, 30)]
+    sides = RAGGED[0].join(RAGGED[1])
+    torch.testing.assert_close(real(states, sides), real(hidden_states(model, sides.tokens), sides), rtol=0, atol=1e-12)
+    with pytest.raises(UserError, match=r"a sequence of 27 tokens does not fit the model's context of 26"):
+        pair_states(model, *pairs([20], [4], [6]))
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
         ("gpt2", {}),
+        ("falcon", {"alibi": True, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
         ("mistral", {"sliding_window": 5}),
         ("gemma2", {"sliding_window": 5}),
         ("llama", {"attention": "eager"}),
     ],
 )
 def test_where_the_attention_takes_no_mask_both_rows_are_computed(
-    kind: str, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    kind: str, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attention = settings.get("attention")
     config = {key: value for key, value in settings.items() if key != "attention"}
+    monkeypatch.setitem(tiny.SIZES, "falcon", {})
     folder = tiny.save_model(tmp_path_factory.mktemp(kind), kind, **config)
     base = Base(name=folder)
     model = load_causal_lm(replace(base, attention=attention) if attention else base)

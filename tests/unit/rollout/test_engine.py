@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.loading import Base, load_causal_lm
@@ -162,6 +163,31 @@ def test_rows_that_have_ended_are_dropped_and_no_sample_changes(
     assert {rows for rows, _ in all_rows} == {24}
     assert responses(samples) == responses(alone)
     torch.testing.assert_close(samples.sampled_logprobs, alone.sampled_logprobs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "mamba"])
+def test_models_with_states_in_place_of_keys_are_sampled_from_too(
+    kind: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Convolutions beside attention, and no attention at all; prompts of one length, as states would see padding."""
+    layers = {"layer_types": ["conv", "full_attention"]} if kind == "lfm2" else {}
+    config = AutoConfig.for_model(
+        kind, vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, initializer_range=0.15, eos_token_id=tiny.EOS, pad_token_id=0,
+        **layers,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = Sequences.pad([[1, 9, 4 + i] for i in range(16)], [[False] * 3] * 16)
+    settings = Sampling(max_new_tokens=30, rows_at_once=16)
+
+    def answers() -> list[list[int]]:
+        return responses(sample(model, prompts, keys(torch.arange(16)), settings, (tiny.EOS, 7, 8)))
+
+    dropping = answers()
+    assert len({len(answer) for answer in dropping}) > 4
+    monkeypatch.setattr(engine, "SMALLEST_TO_DROP", 17)
+    assert dropping == answers()
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
