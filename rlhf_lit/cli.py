@@ -310,6 +310,7 @@ def hush() -> None:
     """Lightning's banners and the warnings that do not apply to runs made here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a profiler's report is such a message
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     from transformers.utils import logging as transformers_logging

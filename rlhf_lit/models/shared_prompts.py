@@ -3,6 +3,7 @@
 The two answers to a prompt stand behind it in one row, ``[prompt | rest of the chosen | rest of the rejected]``, with
 positions that begin anew for the second and an attention mask under which neither answer sees the other. Every state is
 the one that the two rows apart would have, up to rounding; what is saved is the trunk's work on the second prompt.
+(Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305.)
 """
 
 from __future__ import annotations

@@ -14,9 +14,6 @@ from rlhf_lit.batches import Sequences
 from rlhf_lit.models.loading import attends_to_everything, unwrapped
 from rlhf_lit.randomness import gumbel_noise
 
-# Rows that have ended are dropped from batches of at least so many.
-SMALLEST_TO_DROP = 2
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -168,7 +165,7 @@ def _generate(
                 **({} if cache is None else {"past_key_values": cache}),
                 generation_config=_stop_at(stop_ids, sampling.max_new_tokens - done),
                 logits_processor=[noise],
-                stopping_criteria=[_HalfEnded(stop_ids)] if len(rows) >= SMALLEST_TO_DROP else [],
+                stopping_criteria=[_HalfEnded(stop_ids)],
             )
             new = output.sequences[:, ids.shape[1] :]
             tokens[rows, done : done + new.shape[1]] = new

@@ -137,6 +137,11 @@ def reads(model: torch.nn.Module) -> Iterator[list[tuple[int, int]]]:
         hook.remove()
 
 
+def never(criterion: object, input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A stopping criterion that stops nothing."""
+    return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
 ATTENTION = {"llama": {}, "gpt2": {}, "mistral": {"sliding_window": 5}, "gemma2": {"sliding_window": 5}}
 
 
@@ -158,7 +163,7 @@ def test_rows_that_have_ended_are_dropped_and_no_sample_changes(
     assert rows == sorted(rows, reverse=True)
     assert len(set(rows)) >= 3, "24, at most 12, at most 6"
     assert all(time == 1 for _, time in shapes[1:]), "nothing is read twice"
-    monkeypatch.setattr(engine, "SMALLEST_TO_DROP", 25)
+    monkeypatch.setattr(engine._HalfEnded, "__call__", never)
     alone, all_rows = answers()
     assert {rows for rows, _ in all_rows} == {24}
     assert responses(samples) == responses(alone)
@@ -186,7 +191,7 @@ def test_models_with_states_in_place_of_keys_are_sampled_from_too(
 
     dropping = answers()
     assert len({len(answer) for answer in dropping}) > 4
-    monkeypatch.setattr(engine, "SMALLEST_TO_DROP", 17)
+    monkeypatch.setattr(engine._HalfEnded, "__call__", never)
     assert dropping == answers()
 
 
