@@ -10,7 +10,7 @@ Two conventions hold everywhere:
   the EOS action).
 
 A batch is what one optimizer step sees on this rank. ``micro_batches()`` cuts it into length-sorted pieces of at most
-``micro_batch_tokens`` padded tokens, which is how this machine carries the step out and changes no result.
+``micro_batch_tokens`` tokens, which is how this machine carries the step out and changes no result.
 """
 
 from __future__ import annotations
@@ -23,40 +23,45 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-# What a group costs besides its tokens, as a part of the budget: passes of few tokens use a device badly.
+# What a group of padded rows costs besides its tokens, as a part of the budget: few tokens use a device badly.
 GROUP_COST = 1 / 16
 
 
-def cut_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Groups of rows, longest first, each of at most ``budget`` padded tokens (rows × longest row).
+def cut_by_tokens(lengths: Tensor, budget: int, packed: bool = False) -> list[Tensor]:
+    """Groups of rows, longest first, each of at most ``budget`` tokens.
 
     Args:
         lengths: [rows] cost of each row in tokens.
-        budget: padded tokens per group; a single row longer than that forms a group of its own.
+        budget: tokens per group; a single row longer than that forms a group of its own.
+        packed: rows stand behind one another, and a group holds the sum of their lengths; else they are padded, and it
+            holds rows × longest row.
 
     Returns:
-        Index tensors that partition ``range(rows)``: of all cuts of the sorted rows that with the least padded tokens
-        and groups together, a group counted as a sixteenth of the budget.
+        Index tensors that partition ``range(rows)``: of all cuts of the sorted rows, where padded that with the least
+        tokens and groups together, a group counted as a sixteenth of the budget; where packed that with the fewest
+        groups, as alike as can be.
     """
-    return cut_groups(lengths, torch.ones_like(lengths), budget)
+    return cut_groups(lengths, torch.ones_like(lengths), budget, lengths if packed else None)
 
 
-def cut_groups(lengths: Tensor, sizes: Tensor, budget: int) -> list[Tensor]:
+def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | None = None) -> list[Tensor]:
     """``cut_by_tokens`` for rows of several sequences each: (all sequences of a group) × (the longest) ≤ ``budget``.
 
     Args:
         lengths: [rows] the longest sequence of each row.
         sizes: [rows] how many sequences it has.
-        budget: padded tokens per group; a single row that needs more forms a group of its own.
+        budget: tokens per group; a single row that needs more forms a group of its own.
+        packed: [rows] the tokens of a row, where a group holds their sum.
 
     Returns:
         Index tensors that partition ``range(rows)``.
     """
     if budget < 1:
         raise ValueError(f"micro_batch_tokens must be at least 1, not {budget}")
-    order = torch.argsort(lengths, descending=True, stable=True)
-    longest = lengths[order].cpu().double()
-    before = torch.cat([torch.zeros(1), sizes[order].cumsum(0).cpu()]).double()  # sequences of the rows before each
+    order = torch.argsort(lengths if packed is None else packed, descending=True, stable=True)
+    before = (sizes if packed is None else packed)[order].cpu().cumsum(0).double()  # sequences, or tokens
+    before = torch.cat([torch.zeros(1, dtype=torch.float64), before])
+    longest = lengths[order].cpu().double() if packed is None else torch.ones(len(order), dtype=torch.float64)
     # The least cost of the first so many rows, and where their last group begins.
     least = torch.zeros(len(order) + 1, dtype=torch.float64)
     begins = [0] * (len(order) + 1)
@@ -64,7 +69,10 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int) -> list[Tensor]:
     for end in range(1, len(order) + 1):
         while first < end - 1 and (before[end] - before[first]) * longest[first] > budget:
             first += 1
-        costs = least[first:end] + (before[end] - before[first:end]) * longest[first:end] + GROUP_COST * budget
+        tokens = (before[end] - before[first:end]) * longest[first:end]
+        # Squares of parts of the budget are least where groups are alike, and together less than one group more.
+        cost = tokens + GROUP_COST * budget if packed is None else (tokens / budget) ** 2 + len(order)
+        costs = least[first:end] + cost
         begins[end] = first + int(costs.argmin())
         least[end] = costs[begins[end] - first]
     cuts = [len(order)]
@@ -156,6 +164,15 @@ class Sequences(Record):
         return len(self.lengths)
 
 
+def common_prefix(chosen: Sequences, rejected: Sequences) -> Tensor:
+    """[pairs] how many tokens both sides begin with."""
+    width = min(chosen.tokens.shape[1], rejected.tokens.shape[1])
+    equal = chosen.tokens[:, :width] == rejected.tokens[:, :width]
+    length = torch.minimum(chosen.lengths, rejected.lengths)
+    real = torch.arange(width, device=equal.device)[None] < length[:, None]
+    return (equal & real).long().cumprod(-1).sum(-1)
+
+
 @dataclass(frozen=True)
 class SupervisedBatch(Record):
     """Demonstrations for one optimizer step."""
@@ -163,9 +180,9 @@ class SupervisedBatch(Record):
     sequences: Sequences
     micro_batch_tokens: int
 
-    def micro_batches(self) -> Iterator[SupervisedBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens."""
-        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens):
+    def micro_batches(self, packed: bool = False) -> Iterator[SupervisedBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens; padded ones, if not ``packed``."""
+        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
             yield self.select(rows)
 
     def __len__(self) -> int:
@@ -242,10 +259,14 @@ class PreferenceBatch(Record):
             torch.arange(2 * len(self), device=self.margin.device) < len(self),
         )
 
-    def micro_batches(self) -> Iterator[PreferenceBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens, both sides counted."""
+    def micro_batches(self, packed: bool = False, shared: bool = False) -> Iterator[PreferenceBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens, both sides counted: padded ones, if not
+        ``packed``; if so, what both sides begin with once where it is ``shared``."""
         cost = 2 * torch.maximum(self.chosen.lengths, self.rejected.lengths)
-        for rows in cut_by_tokens(cost, self.micro_batch_tokens):
+        if packed:
+            cost = self.chosen.lengths + self.rejected.lengths
+            cost = cost - common_prefix(self.chosen, self.rejected) if shared else cost
+        for rows in cut_by_tokens(cost, self.micro_batch_tokens, packed):
             yield self.select(rows)
 
     def __len__(self) -> int:
@@ -280,9 +301,9 @@ class UnpairedBatch(Record):
             reference_mismatched=_narrow(chosen.reference_mismatched, chosen.mismatched),
         )
 
-    def micro_batches(self) -> Iterator[UnpairedBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens of ``sequences``."""
-        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens):
+    def micro_batches(self, packed: bool = False) -> Iterator[UnpairedBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens of ``sequences``, padded if not ``packed``."""
+        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
             yield self.select(rows)
 
     def __len__(self) -> int:
@@ -339,10 +360,12 @@ class RankedBatch(Record):
             self.rank == 0,
         )
 
-    def micro_batches(self) -> Iterator[RankedBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens, all answers of a prompt counted."""
-        longest = torch.tensor([int(x.max()) for x in self.answers.lengths.split(self.counts.tolist())])
-        for rows in cut_groups(longest, self.counts, self.micro_batch_tokens):
+    def micro_batches(self, packed: bool = False) -> Iterator[RankedBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens, all answers of a prompt counted; padded ones,
+        if not ``packed``."""
+        prompts = self.answers.lengths.split(self.counts.tolist())
+        longest, tokens = (torch.tensor([int(f(x)) for x in prompts]) for f in (torch.max, torch.sum))
+        for rows in cut_groups(longest, self.counts, self.micro_batch_tokens, tokens if packed else None):
             yield self.select(rows)
 
     def __len__(self) -> int:
@@ -422,9 +445,9 @@ class ExperienceBatch(Record):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def micro_batches(self) -> Iterator[ExperienceBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` padded tokens."""
-        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens):
+    def micro_batches(self, packed: bool = False) -> Iterator[ExperienceBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens; padded ones, if not ``packed``."""
+        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
             yield self.select(rows)
 
     def __len__(self) -> int:

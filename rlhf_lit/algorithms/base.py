@@ -23,6 +23,7 @@ from torchmetrics import MeanMetric
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Record, SupervisedBatch, UnpairedBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base, load_tokenizer
+from rlhf_lit.models.states import packs
 from rlhf_lit.randomness import reseed
 
 Batch = SupervisedBatch | PreferenceBatch | RankedBatch | UnpairedBatch | ExperienceBatch
@@ -147,6 +148,10 @@ class Algorithm(LightningModule):
         """The shares of one micro-batch; each is followed backwards before the next is asked for."""
         raise NotImplementedError
 
+    def micro_batches(self, batch: Any) -> Iterator[Any]:
+        """The pieces of a batch that go through the device at once."""
+        yield from batch.micro_batches(self.packed)
+
     @property
     def weight_of(self) -> str:
         """The unit by which validation averages over batches."""
@@ -181,6 +186,13 @@ class Algorithm(LightningModule):
                     raise UserError(
                         f"base.tokenizer: it has {len(self.tokenizer)} tokens, and the model only {rows} embeddings"
                     )
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences of a micro-batch stand in one row, so that it is filled without padding."""
+        from transformers import PreTrainedModel
+
+        return all(packs(module) for module in self.modules() if isinstance(module, PreTrainedModel))
 
     def on_fit_start(self) -> None:
         self.modes()
@@ -217,7 +229,7 @@ class Algorithm(LightningModule):
         self.prepare(batch)
         totals: dict[str, Tensor] = {}
         with self._local_gradients():
-            for micro_batch in batch.micro_batches():
+            for micro_batch in self.micro_batches(batch):
                 for share in self.shares(micro_batch, units):
                     self.manual_backward(share.loss)
                     _add(totals, {"loss": share.loss.detach(), **share.metrics})
@@ -366,7 +378,7 @@ class Algorithm(LightningModule):
         """Average the batch's numbers into the stage's, weighted by what the batch is counted in."""
         units = self.units(batch)
         totals: dict[str, Tensor] = {}
-        for micro_batch in batch.micro_batches():
+        for micro_batch in self.micro_batches(batch):
             for share in self.shares(micro_batch, units):
                 _add(totals, {"loss": share.loss.detach(), **share.metrics})
         for name, total in totals.items():

@@ -21,7 +21,7 @@ from rlhf_lit.losses.preference import PairLogProbs, PreferenceLoss
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
-from rlhf_lit.models.shared_prompts import pair_states
+from rlhf_lit.models.states import pair_states
 from rlhf_lit.rollout.engine import Sampling
 
 
@@ -35,8 +35,8 @@ class DPO(OfflineAlgorithm):
         base: the model to start from, usually an SFT run.
         loss: which loss, with its β.
         reference: whether there is one, computed beforehand or not, fixed or following the policy.
-        share_prompts: compute the prompt of a pair once for both sides, where that saves a fifth of the tokens and the
-            model's attention takes a mask. How this machine carries it out: no result depends on it beyond rounding.
+        share_prompts: compute the prompt of a pair once for both sides, where the model takes several sequences in one
+            row (``models.states.packs``). How this machine carries it out: no result depends on it beyond rounding.
         sft_coefficient: c of an added c·Σ −log π(y_w,t)/Σ 1 over the tokens of the chosen responses, which keeps them
             likely (Liu et al. 2024, arXiv 2405.16436; Pang et al. 2024, arXiv 2404.19733). 0 leaves it out.
         learning_rate: peak learning rate.
@@ -73,6 +73,9 @@ class DPO(OfflineAlgorithm):
     def units(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         pairs = torch.tensor(float(len(batch)), device=self.device)
         return {"pairs": pairs, "chosen_tokens": batch.chosen.mask.sum().float()}
+
+    def micro_batches(self, batch: PreferenceBatch) -> Iterator[PreferenceBatch]:
+        yield from batch.micro_batches(self.packed, self.share_prompts)
 
     @property
     def weight_of(self) -> str:

@@ -216,7 +216,7 @@ class OnPolicy(WritingAlgorithm):
     def _score_pass(self, sequences: Sequences, budget: int) -> Comparison:
         """Policy and reference on the sampled responses, in micro-batches. [rows, time] each."""
         comparison = Comparison.empty(sequences)
-        for rows in cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * budget):
+        for rows in cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * budget, self.packed):
             rows = rows.to(sequences.tokens.device)
             part = sequences.select(rows)
             comparison.put(rows, compare_with_reference(self.roles, part, self.sampling.temperature))

@@ -26,8 +26,8 @@ from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, ClippedValueLoss
 from rlhf_lit.losses.reductions import masked_sum, moments, whiten
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
-from rlhf_lit.models.logprobs import hidden_states
 from rlhf_lit.models.roles import Critic
+from rlhf_lit.models.states import sequence_states
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.rollout.shaping import Shaping
@@ -107,7 +107,7 @@ class PPO(OnPolicy):
     def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor) -> Estimate:
         """Generalised advantages over the critic's values."""
         mask, values = sequences.mask, torch.zeros_like(rewards)
-        for rows in cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * prompts.micro_batch_tokens):
+        for rows in cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * prompts.micro_batch_tokens, self.packed):
             rows = rows.to(values.device)
             part = sequences.select(rows)
             with self.roles.acting("value") as model:
@@ -141,7 +141,7 @@ class PPO(OnPolicy):
         if self.critic.trunk and not self.warming_up:
             # Both losses stand on the same hidden states: one pass forwards and one backwards do for the two.
             with self.roles.acting("policy") as model:
-                states = hidden_states(model, batch.sequences.tokens)
+                states = sequence_states(model, batch.sequences)
                 policy = self.policy_share(model, batch, units, states)
                 value = self.value_share(model, batch, units, states)
                 yield Share(policy.loss + value.loss, policy.metrics | value.metrics)

@@ -27,7 +27,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss, list_shares
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, load_scorer, unwrapped
-from rlhf_lit.models.shared_prompts import pair_states
+from rlhf_lit.models.states import pair_states
 from rlhf_lit.rollout.rewards import score_sequences
 
 
@@ -60,8 +60,8 @@ class RewardModel(Algorithm):
         centre_pairs: after training, shift the scores so that the chosen responses of the first so many training pairs
             (of ranked lists: their best answers) average 0; 0 leaves them.
         unit_variance: then also scale them so that all responses of those pairs have standard deviation 1.
-        share_prompts: compute the prompt of a pair once for both sides, where that saves a fifth of the tokens and the
-            model's attention takes a mask. How this machine carries it out: no result depends on it beyond rounding.
+        share_prompts: compute the prompt of a pair once for both sides, where the model takes several sequences in one
+            row (``models.states.packs``). How this machine carries it out: no result depends on it beyond rounding.
             With LoRA dropout, which differs between the sides, it is never done.
     """
 
@@ -112,6 +112,11 @@ class RewardModel(Algorithm):
         compared = batch.comparisons()
         counts = {"prompts": len(batch), "pairs": len(compared.better), "answers": len(compared.answers)}
         return {name: torch.tensor(float(count), device=self.device) for name, count in counts.items()}
+
+    def micro_batches(self, batch: PreferenceBatch | RankedBatch) -> Iterator[PreferenceBatch] | Iterator[RankedBatch]:
+        if isinstance(batch, PreferenceBatch):
+            return batch.micro_batches(self.packed, self.share_prompts)
+        return batch.micro_batches(self.packed)
 
     @property
     def weight_of(self) -> str:
@@ -216,7 +221,7 @@ class RewardModel(Algorithm):
         found: list[Tensor] = []
         reference: list[Tensor] = []
         for batch in batches:
-            for part in batch.to(self.device).micro_batches():
+            for part in self.micro_batches(batch.to(self.device)):
                 compared = part.comparisons()
                 # Without a scale to find, the preferred ones are enough.
                 rows = torch.arange(len(compared.best), device=compared.best.device)

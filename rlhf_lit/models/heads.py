@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.models.logprobs import hidden_states
+from rlhf_lit.models.states import sequence_states
 
 
 def scalar_head(width: int) -> nn.Linear:
@@ -29,7 +29,7 @@ def apply_head(head: nn.Module, states: Tensor) -> Tensor:
 def sequence_scores(model: nn.Module, head: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
     """The head on the hidden state of each row's last real token, found from its length. → [rows]. ``states``:
     [rows, time, width] the hidden states, where they are at hand."""
-    states = hidden_states(model, sequences.tokens) if states is None else states
+    states = sequence_states(model, sequences) if states is None else states
     rows = torch.arange(len(sequences), device=states.device)
     return apply_head(head, states[rows, sequences.lengths - 1])
 
@@ -37,7 +37,7 @@ def sequence_scores(model: nn.Module, head: nn.Module, sequences: Sequences, sta
 def token_values(model: nn.Module, head: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
     """V of the state in which each token was chosen: the head on the hidden state before it. → [rows, time], 0 off the
     mask. ``states``: [rows, time, width] the hidden states, where they are at hand."""
-    states = hidden_states(model, sequences.tokens) if states is None else states
+    states = sequence_states(model, sequences) if states is None else states
     values = nn.functional.pad(apply_head(head, states[:, :-1]), (1, 0))
     return torch.where(sequences.mask, values, torch.zeros_like(values))
 

@@ -356,7 +356,8 @@ def _same_adapter(lora: LoRA, adapter: dict[str, Any]) -> bool:
 
 def _check_head(model: nn.Module) -> None:
     """Our hidden states → LM head path must give the model's own logits, or log-probs would be silently wrong."""
-    from rlhf_lit.models.logprobs import hidden_states, logits
+    from rlhf_lit.models.logprobs import logits
+    from rlhf_lit.models.states import hidden_states
 
     tokens = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
     with torch.no_grad():

@@ -1,7 +1,6 @@
 """Hidden states → log-probs, with the LM head applied only where a log-prob is needed, in chunks.
 
-Every forward here is right-padded and passes no attention mask: causal order already hides the pads, and without a
-mask the fast causal kernel runs.
+The hidden states are those of ``states``: without padding where the model can do without.
 """
 
 from __future__ import annotations
@@ -14,40 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import unwrapped
+from rlhf_lit.models.states import sequence_states
 
 # Logits held at once: 2^24 floats are 64 MiB, 110 positions of a 150 000-token vocabulary.
 CHUNK_LOGITS = 2**24
-
-
-def hidden_states(
-    model: nn.Module,
-    tokens: Tensor,
-    positions: Tensor | None = None,
-    seen: Tensor | None = None,
-    longest: int | None = None,
-) -> Tensor:
-    """[rows, time] tokens → [rows, time, width] last hidden states, from the body without its head.
-
-    Args:
-        model: a causal language model, or one with a scalar head.
-        tokens: right-padded.
-        positions: [rows, time] of each token, where they are not 0, 1, 2, …
-        seen: [rows, 1, time, time] bool, which tokens (last axis) each token attends to, where not to all before it.
-        longest: tokens of the longest sequence, where a row holds several.
-
-    Raises:
-        UserError: more tokens than the model has positions for.
-    """
-    inner = unwrapped(model)
-    limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-    length = tokens.shape[1] if longest is None else longest
-    if limit is not None and length > limit:
-        raise UserError(f"data.max_length: a sequence of {length} tokens does not fit the model's context of {limit}")
-    body = getattr(inner, inner.base_model_prefix)
-    placed = {} if positions is None else {"position_ids": positions, "attention_mask": seen}
-    return body(input_ids=tokens, use_cache=False, **placed).last_hidden_state
 
 
 def logits(model: nn.Module, states: Tensor) -> Tensor:
@@ -101,7 +71,7 @@ def predicting_states(model: nn.Module, sequences: Sequences, states: Tensor | N
         states: [rows, time, width] the hidden states, where they are at hand.
     """
     predicted = sequences.mask[:, 1:]
-    states = hidden_states(model, sequences.tokens) if states is None else states
+    states = sequence_states(model, sequences) if states is None else states
     return states[:, :-1][predicted], sequences.tokens[:, 1:][predicted]
 
 

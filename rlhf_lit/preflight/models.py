@@ -69,7 +69,7 @@ Measure = Callable[[Sequences], list[Tensor]]
 def padding(
     measure: Measure, distance: Callable[[Tensor, Tensor], float], sequences: Sequences, budget: int, model: nn.Module
 ) -> Check:
-    """A row alone = the same row in a batch, padded, with more padding on the right.
+    """A row alone = the same row among others, behind one another or padded, with more padding on the right.
 
     Args:
         measure: what to compare.
@@ -91,7 +91,7 @@ def padding(
     return judge(
         "padding",
         worst <= limit,
-        f"alone and in a padded batch {worst:.1g} apart, {limit:g} allowed",
+        f"alone and among others {worst:.1g} apart, {limit:g} allowed",
         "the model sees the padding or the other rows: try another model.base.attention, or another model",
     )
 
@@ -165,7 +165,7 @@ def preference_loss(module: OfflineAlgorithm, batch: PreferenceBatch | UnpairedB
 def _loss(module: Algorithm, batch: Any) -> float:
     units = module.units(batch)
     module.prepare(batch)
-    return sum(float(share.loss) for part in batch.micro_batches() for share in module.shares(part, units))
+    return sum(float(share.loss) for part in module.micro_batches(batch) for share in module.shares(part, units))
 
 
 def no_distance(comparison: Comparison, mask: Tensor, limit: float) -> Check:
@@ -194,7 +194,7 @@ def same_as_cached(module: OfflineAlgorithm, batch: PreferenceBatch | UnpairedBa
         worst = worse(worst, largest(distance))
         return logprobs
 
-    for part in batch.micro_batches():
+    for part in module.micro_batches(batch):
         module.with_reference(part, compare)
     return judge(
         "KL = 0",

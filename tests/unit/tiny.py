@@ -40,6 +40,7 @@ SIZES["qwen2"] = SIZES["mistral"] = {**SIZES["llama"], "num_key_value_heads": 2}
 SIZES["gemma2"] = {**SIZES["qwen2"], "head_dim": 8, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
 SIZES["granite"] = {**SIZES["qwen2"], "logits_scaling": 3.0, "embedding_multiplier": 2.0}
 SIZES["cohere"] = {**SIZES["qwen2"], "logit_scale": 0.25}
+SIZES["qwen3"] = SIZES["gemma"] = {**SIZES["qwen2"], "head_dim": 8}
 
 
 def make_tokenizer(pad: str = "<eos>") -> Any:
@@ -205,7 +206,7 @@ class Step:
         self.totals: dict[str, float] = {}
         units = module.units(batch)
         module.prepare(batch)
-        for micro_batch in batch.micro_batches() if cut else [batch]:
+        for micro_batch in module.micro_batches(batch) if cut else [batch]:
             for share in module.shares(micro_batch, units):
                 share.loss.backward()
                 for name, value in {"loss": share.loss.detach(), **share.metrics}.items():

@@ -7,7 +7,7 @@ import torch
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.heads import apply_head, scalar_head, sequence_scores, token_values
 from rlhf_lit.models.loading import Base, load_scorer, unwrapped
-from rlhf_lit.models.logprobs import hidden_states
+from rlhf_lit.models.states import hidden_states
 from rlhf_lit.rollout.rewards import score_sequences
 
 

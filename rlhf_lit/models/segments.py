@@ -1,0 +1,125 @@
+"""Causal attention over several sequences that stand behind one another in one row.
+
+A sequence attends to itself alone, or to the first tokens of another one too, which both have in common: a prompt with
+several answers is computed once. It takes the place of transformers' ``sdpa``, which it remains for rows of one
+sequence; the models hand ``segments`` through to their attention layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the sequences of a row begin and end, and what they have in common.
+
+    Attributes:
+        lengths: of each segment, in the order of the row; none is empty.
+        shared: how many tokens it attends to, of the last segment before it that shares none; 0 for its own alone.
+        query_bounds, key_bounds: [segments + 1] int32, running sums of lengths, and of lengths with what is shared.
+        keys: the row's places from which the keys are gathered; None where no segment shares any.
+    """
+
+    lengths: tuple[int, ...]
+    shared: tuple[int, ...]
+    query_bounds: Tensor
+    key_bounds: Tensor
+    keys: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: Tensor, shared: Tensor, device: torch.device) -> Self:
+        """From [segments] int64 each, on the CPU."""
+        ends, whole = lengths.cumsum(0), shared + lengths
+        keys = None
+        if shared.any():
+            begins = ends - lengths
+            head = torch.where(shared == 0, torch.arange(len(lengths)), 0).cummax(0).values
+            inside = torch.arange(int(whole.sum())) - (whole.cumsum(0) - whole).repeat_interleave(whole)
+            common = shared.repeat_interleave(whole)
+            own = begins.repeat_interleave(whole) + inside - common
+            keys = torch.where(inside < common, begins[head].repeat_interleave(whole) + inside, own).to(device)
+        queries, seen = (nn.functional.pad(x.cumsum(0), (1, 0)).to(torch.int32).to(device) for x in (lengths, whole))
+        return cls(tuple(lengths.tolist()), tuple(shared.tolist()), queries, seen, keys)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' ``sdpa``, and the same over segments where they are given.
+
+    Args:
+        module: the attention layer.
+        query, key, value: [rows, heads, time, width]; of keys and values perhaps fewer heads. One row with segments.
+        attention_mask: not read with segments, which say it all.
+        segments: of the row.
+        options: transformers' own; of them ``scaling`` is that of the scores.
+
+    Returns:
+        [rows, time, heads, width] and None.
+    """
+    if segments is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale = options.get("scaling")
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+    if query.is_cuda and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0):
+        return _in_one_kernel(query.to(dtype), key.to(dtype), value.to(dtype), segments, scale), None
+    return _one_by_one(query, key, value, segments, scale), None
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """A call of the kernel for each segment."""
+    pieces = (x.split(segments.lengths, 2) for x in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    found = []
+    for own, keys, values, shared in zip(*pieces, segments.shared, strict=True):
+        if not shared:
+            first = keys, values
+            out = scaled_dot_product_attention(own, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+        else:
+            keys, values = (torch.cat([x[:, :, :shared], y], 2) for x, y in zip(first, (keys, values), strict=True))
+            size = own.shape[2], shared + own.shape[2]
+            seen = torch.ones(size, dtype=torch.bool, device=own.device).tril(shared)
+            out = scaled_dot_product_attention(own, keys, values, attn_mask=seen, scale=scale, enable_gqa=grouped)
+        found.append(out.transpose(1, 2))
+    return torch.cat(found, 1)
+
+
+def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """Flash attention of varying lengths (Dao 2023, arXiv 2307.08691), on GPUs in 16 bits. A segment's queries are the
+    last of its keys, which is how the kernel aligns causal order."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if segments.keys is not None:
+        k, v = k[segments.keys], v[segments.keys]
+    longest = max(segments.lengths), max(map(sum, zip(segments.lengths, segments.shared, strict=True)))
+    # torch 2.11 takes fewer heads of keys without being told.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    bounds = segments.query_bounds, segments.key_bounds
+    out = varlen_attn(q, k, v, *bounds, *longest, scale=scale, window_size=(-1, 0), **grouped)
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+@cache
+def register() -> None:
+    """Make it transformers' ``sdpa``."""
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register("sdpa", attention)
