@@ -406,13 +406,16 @@ def sees_width(model: nn.Module) -> None:
     model.get_input_embeddings().register_forward_hook(hook)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("budget", [8192, 1])
+@pytest.mark.parametrize(("attention", "budget"), [("sdpa", 8192), ("eager", 8192), ("eager", 1)])
 @pytest.mark.parametrize("run", [sft, reward_model, dpo, ppo])
-def test_a_model_that_sees_its_padding(run: Run, budget: int, place: Place) -> None:
-    """Also where no two rows fit into a micro-batch, so that a batch has no padding of its own."""
+def test_a_model_that_sees_its_padding(run: Run, attention: str, budget: int, place: Place) -> None:
+    """Or the sequences that stand in one row with it. Where rows are padded, also where no two fit into a micro-batch,
+    so that a batch has no padding of its own."""
     module, data = ready(*run(place))
     data.micro_batch_tokens = budget
-    sees_width(module.scorer if isinstance(module, RewardModel) else module.roles.policy)  # type: ignore[union-attr,arg-type]
+    model: Any = module.scorer if isinstance(module, RewardModel) else module.roles.policy  # type: ignore[union-attr]
+    model.config._attn_implementation = attention
+    sees_width(model)
     every = found(module, data)
     assert "padding" in caught(every)
     assert "allowed" in every["padding"].found
