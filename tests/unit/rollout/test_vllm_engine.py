@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import tiny
 import torch
 import vllm_double
+from jsonargparse import Namespace, dict_to_namespace
 from lightning import Callback, Trainer
 from vllm_double import CompletionOutput, Logprob, RequestOutput
 
 from rlhf_lit.algorithms import GRPO, PPO, RLOO, on_policy
 from rlhf_lit.batches import Sequences
+from rlhf_lit.cli_errors import out_of_memory
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.records import Source
 from rlhf_lit.errors import UserError
@@ -261,3 +264,16 @@ def test_what_vllm_would_change_or_break_is_refused(double: Any, llama: str) -> 
         make(RLOO, llama, base=Base(llama, trust_remote_code=True))
     with pytest.raises(UserError, match=r"measure the rest with model\.vllm null"):
         prepare(make(RLOO, llama), Measurement.__new__(Measurement))
+
+
+@pytest.mark.parametrize(
+    ("vllm", "advice"),
+    [
+        (None, "try --model.sampling.rows_at_once=32 (now 64)"),
+        (VLLM(), "--model.vllm.gpu_memory_utilization (now 0.3)"),
+    ],
+)
+def test_out_of_memory_in_a_rollout_names_the_engines_own_knob(vllm: VLLM | None, advice: str) -> None:
+    settings = None if vllm is None else dict_to_namespace(asdict(vllm))
+    init_args = Namespace(sampling=Namespace(rows_at_once=64), vllm=settings)
+    assert advice in out_of_memory("rollout", Namespace(model=Namespace(init_args=init_args)))
