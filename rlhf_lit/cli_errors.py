@@ -269,6 +269,8 @@ def _advice(phase: Phase, config: Namespace) -> str:
         return f"try --model.base.dtype=bfloat16 (now {config.get('model.init_args.base.dtype')}); {_SMALLER}"
     if phase == "optimizer":
         return f"try --model.optimizer.name=paged_adamw_8bit; {_SMALLER}"
+    if phase == "rollout" and (vllm := config.get("model.init_args.vllm")):
+        return f"try another --model.vllm.gpu_memory_utilization (now {vllm.gpu_memory_utilization})"
     if phase == "rollout":
         rows = config.get("model.init_args.sampling.rows_at_once") or 1
         if rows > 1:

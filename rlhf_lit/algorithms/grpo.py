@@ -22,6 +22,7 @@ from rlhf_lit.models.loading import Base
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.rollout.shaping import Shaping
+from rlhf_lit.rollout.vllm_engine import VLLM
 
 
 class GRPO(OnPolicy):
@@ -41,6 +42,7 @@ class GRPO(OnPolicy):
         learning_rate: peak learning rate.
         optimizer: which optimizer.
         schedule: learning rate over the run.
+        vllm: draw with vLLM, on the GPU that trains; null draws with transformers.
     """
 
     compares_responses = True
@@ -58,9 +60,10 @@ class GRPO(OnPolicy):
         learning_rate: float = 1e-6,
         optimizer: Optimizer = Optimizer(),
         schedule: Schedule = Schedule(),
+        vllm: VLLM | None = None,
     ) -> None:
         super().__init__(
-            base, reward, kl, sampling, shaping, policy_loss, max_update_kl, learning_rate, optimizer, schedule
+            base, reward, kl, sampling, shaping, policy_loss, max_update_kl, learning_rate, optimizer, schedule, vllm
         )
         self.scale_advantages = scale_advantages
 

@@ -33,6 +33,7 @@ from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.record import RolloutRecord, Scores
 from rlhf_lit.rollout.rewards import RewardSource, shown
 from rlhf_lit.rollout.shaping import ScoreMoments, Shaping
+from rlhf_lit.rollout.vllm_engine import VLLM, VLLMEngine, require_vllm
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class OnPolicy(WritingAlgorithm):
         learning_rate: peak learning rate.
         optimizer: which optimizer.
         schedule: learning rate over the run.
+        vllm: draw with vLLM; null draws with transformers.
     """
 
     learns_from = (ExperienceBatch,)
@@ -90,6 +92,7 @@ class OnPolicy(WritingAlgorithm):
         learning_rate: float,
         optimizer: Optimizer,
         schedule: Schedule,
+        vllm: VLLM | None = None,
     ) -> None:
         super().__init__(base, learning_rate, optimizer, schedule, sampling)
         require_no_dropout(base, type(self).__name__)
@@ -100,6 +103,13 @@ class OnPolicy(WritingAlgorithm):
             )
         if max_update_kl is not None and not max_update_kl > 0:
             raise UserError(f"max_update_kl must be greater than 0 or null, not {max_update_kl}")
+        if vllm is not None:
+            if base.trust_remote_code:
+                raise UserError(
+                    "model.vllm: a model with code of its own (base.trust_remote_code) is not handed to vLLM"
+                )
+            self.engine = VLLMEngine(vllm)
+        self.vllm = vllm
         self.reward = reward
         self.kl = kl
         self.shaping = shaping
@@ -114,6 +124,10 @@ class OnPolicy(WritingAlgorithm):
         """Called after each rollout with its number and all that it was made of."""
         self._rollout_metrics: dict[str, float] = {}
 
+    def setup(self, stage: str) -> None:
+        if self.vllm is not None:
+            require_vllm(self.trainer.strategy.root_device, self.trainer.world_size)
+
     def build(self) -> None:
         self.roles = Roles(self.base, reference=True)
         self.reward.share(self.roles)
@@ -127,6 +141,12 @@ class OnPolicy(WritingAlgorithm):
             )
         if self.global_rank:
             return
+        if self.vllm is not None and self.policy_loss.importance_cap is None:
+            print(
+                "note: model.vllm: its log-probs differ from the training forward's, and nothing corrects for that "
+                "while model.policy_loss.importance_cap is null (2 in the paper)",
+                file=sys.stderr,
+            )
         if instead := fixed_point(self.kl.estimator, self.kl.placement):
             print(
                 f"note: model.kl: {self.kl.estimator} in the {self.kl.placement} converges to {instead} "

@@ -31,6 +31,7 @@ from rlhf_lit.models.states import sequence_states
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.rollout.shaping import Shaping
+from rlhf_lit.rollout.vllm_engine import VLLM
 
 
 class PPO(OnPolicy):
@@ -54,6 +55,7 @@ class PPO(OnPolicy):
         learning_rate: peak learning rate, of the critic too unless it has its own.
         optimizer: which optimizer.
         schedule: learning rate over the run.
+        vllm: draw with vLLM, on the GPU that trains; null draws with transformers.
     """
 
     def __init__(
@@ -73,9 +75,10 @@ class PPO(OnPolicy):
         learning_rate: float = 1e-5,
         optimizer: Optimizer = Optimizer(eps=1e-5),
         schedule: Schedule = Schedule(),
+        vllm: VLLM | None = None,
     ) -> None:
         super().__init__(
-            base, reward, kl, sampling, shaping, policy_loss, max_update_kl, learning_rate, optimizer, schedule
+            base, reward, kl, sampling, shaping, policy_loss, max_update_kl, learning_rate, optimizer, schedule, vllm
         )
         if critic.init == "reward" and reward.critic_base() is None:
             raise UserError("critic.init: the reward is a function, no model to start a critic from; set it to policy")

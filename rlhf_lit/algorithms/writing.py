@@ -13,7 +13,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base, context_length, stop_ids
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.randomness import derive_seed, row_keys
-from rlhf_lit.rollout.engine import Samples, Sampling, sample
+from rlhf_lit.rollout.engine import Engine, Samples, Sampling, sample
 from rlhf_lit.rollout.rewards import shown
 
 # The stream of sampling noise for validation, predictions and samples: apart from every rollout's.
@@ -35,6 +35,7 @@ class WritingAlgorithm(Algorithm):
     ) -> None:
         super().__init__(base, learning_rate, optimizer, schedule)
         self.sampling = sampling
+        self.engine: Engine = sample
         self.roles: Roles
 
     def respond(self, prompts: PromptBatch, stream: int = EVALUATION) -> Samples:
@@ -57,7 +58,7 @@ class WritingAlgorithm(Algorithm):
             )
         keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
         with self.roles.acting("policy") as model:
-            return sample(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
+            return self.engine(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
 
     def response_texts(self, samples: Samples) -> list[str]:
         """The responses as text, without special tokens and surrounding white space (a template may put a space

@@ -215,6 +215,11 @@ def prepare(module: Algorithm, measurement: Measurement) -> None:
         module.reference, module.compares = replace(module.reference, precompute=False, complete=False), False
     if not isinstance(module, OnPolicy):
         return
+    if module.vllm is not None:
+        raise UserError(
+            "model.vllm: vLLM takes the share that model.vllm.gpu_memory_utilization names; measure the rest with "
+            "model.vllm null"
+        )
 
     def respond(prompts: PromptBatch, stream: int = 0) -> Samples:
         measurement.enter("rollout")

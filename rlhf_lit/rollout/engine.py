@@ -1,11 +1,11 @@
-"""Sampling responses: the one room where `.generate(` is called."""
+"""Sampling responses: the interface of an engine, and the one that stands on transformers' `.generate(`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,31 @@ class Samples:
     sampled_logprobs: Tensor
     ended: Tensor
 
+    @classmethod
+    def collect(
+        cls, prompts: Sequences, responses: list[list[int]], logprobs: list[Tensor], stop_ids: tuple[int, ...]
+    ) -> Samples:
+        """From the responses to the prompts, each cut after its first stop token, and the log-probs of their tokens."""
+        device, lengths = prompts.tokens.device, prompts.lengths.tolist()
+        asked = [row[:length] for row, length in zip(prompts.tokens.tolist(), lengths, strict=True)]
+        sequences = Sequences.pad(
+            [prompt + response for prompt, response in zip(asked, responses, strict=True)],
+            [[False] * len(prompt) + [True] * len(response) for prompt, response in zip(asked, responses, strict=True)],
+        ).to(device)
+        sampled = torch.zeros(sequences.tokens.shape, device=device)
+        sampled[sequences.mask] = torch.cat(logprobs).to(sampled)
+        ended = torch.tensor([response[-1] in stop_ids for response in responses], device=device)
+        return cls(sequences, sampled, ended)
+
+
+class Engine(Protocol):
+    """What draws responses: ``sample`` below, or a ``VLLMEngine``."""
+
+    def __call__(
+        self, model: nn.Module, prompts: Sequences, keys: Tensor, sampling: Sampling, stop_ids: tuple[int, ...]
+    ) -> Samples:
+        """One response to each prompt, in their order; arguments as of ``sample``."""
+
 
 class _KeyedNoise:
     """A logits processor: keyed Gumbel noise on logits/T, so that the argmax that follows is a sample.
@@ -112,28 +137,18 @@ def sample(
         Samples in the order of the prompts.
     """
     order = torch.argsort(prompts.lengths, stable=True)
-    tokens: list[list[int]] = [[] for _ in range(len(prompts))]
-    masks: list[list[bool]] = [[] for _ in range(len(prompts))]
+    responses: list[list[int]] = [[] for _ in range(len(prompts))]
     logprobs: list[Tensor] = [torch.empty(0)] * len(prompts)
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
     for rows in order.split(sampling.rows_at_once):
         part = prompts.select(rows)
         new, part_logprobs = _generate(model, part, None if keys is None else keys[rows], sampling, stop_ids)
-        is_stop = torch.isin(new, torch.tensor(stop_ids, device=new.device))
-        has_stop = is_stop.any(-1)
+        is_stop = _stops(new, stop_ids)
         # Cut after the first stop token, keeping it; what generate wrote after it is filler.
-        lengths = torch.where(has_stop, is_stop.int().argmax(-1) + 1, new.shape[1]).tolist()
+        lengths = torch.where(is_stop.any(-1), is_stop.int().argmax(-1) + 1, new.shape[1]).tolist()
         for i, row in enumerate(rows.tolist()):
-            prompt = part.tokens[i, : int(part.lengths[i])].tolist()
-            tokens[row] = prompt + new[i, : lengths[i]].tolist()
-            masks[row] = [False] * len(prompt) + [True] * lengths[i]
+            responses[row] = new[i, : lengths[i]].tolist()
             logprobs[row] = part_logprobs[i, : lengths[i]]
-            ended[row] = has_stop[i]
-    device = prompts.tokens.device
-    sequences = Sequences.pad(tokens, masks).to(device)
-    sampled = torch.zeros(sequences.tokens.shape, device=device)
-    sampled[sequences.mask] = torch.cat(logprobs).to(device)
-    return Samples(sequences, sampled, ended.to(device))
+    return Samples.collect(prompts, responses, logprobs, stop_ids)
 
 
 def _generate(

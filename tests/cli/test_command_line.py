@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it accepts, what it refuses and how, and what a run leaves behind."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -172,6 +173,17 @@ def test_what_is_missing_is_named(run, argv, complaint):
     assert answer.err.count("\n") == 1
 
 
+def test_vllm_where_it_cannot_run(run):
+    answer = run("fit", "--config", "ppo.yaml", "--config", OVERLAYS / "vllm.yaml")
+    found = importlib.util.find_spec("vllm")
+    reason = "vLLM samples on a GPU" if found else "vLLM is not installed: pip install 'rlhf-lit[vllm]', or leave"
+    assert answer.status == 2
+    lines = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert f"error: model.vllm: {reason}" in lines[0]
+    assert "Traceback" not in answer.err
+
+
 def test_a_refused_trainer_leaves_no_run_behind(run, place):
     assert run("fit", "--config", "dpo.yaml", "--trainer.strategy=foo").status == 2
     assert not list(place.glob("runs/*/*"))
@@ -217,6 +229,8 @@ def resolved(run, *argv: object) -> dict:
 @pytest.mark.parametrize("config", ["sft", "dpo", "reward", "ppo"])
 @pytest.mark.parametrize("overlay", sorted(path.stem for path in OVERLAYS.glob("*.yaml")))
 def test_every_overlay_fits_every_algorithm(run, config, overlay):
+    if overlay == "vllm" and config != "ppo":
+        pytest.skip("for algorithms that learn from their own samples")
     plain = resolved(run, "--config", f"{config}.yaml")
     laid_over = resolved(run, "--config", f"{config}.yaml", "--config", OVERLAYS / f"{overlay}.yaml")
     assert laid_over["model"]["class_path"] == plain["model"]["class_path"]

@@ -24,7 +24,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"batches", "errors", "models"},
         {"torch", "numpy", "peft", "pyarrow", "xxhash", "filelock", "rich"},
     ),
-    "rollout": ({"batches", "errors", "losses", "models", "randomness"}, TEXT),
+    "rollout": ({"batches", "errors", "losses", "models", "randomness"}, TEXT | {"vllm"}),
     "data": (
         {"batches", "errors", "randomness", "runs"},
         {
@@ -103,7 +103,7 @@ def calls(name: str) -> set[str]:
 
 
 def test_one_room_generates() -> None:
-    assert calls("generate") == {"rollout/engine.py"}
+    assert calls("generate") == {"rollout/engine.py", "rollout/vllm_engine.py"}
 
 
 def test_hyper_parameters_are_never_saved() -> None:

@@ -99,7 +99,7 @@ def keys_of(config: Any, path: str = "") -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def known_keys() -> set[str]:
-    """What the algorithms' configurations have, LoRA, 4-bit and Weights & Biases included."""
+    """What the algorithms' configurations have, LoRA, 4-bit, vLLM and Weights & Biases included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         found: set[str] = set()
@@ -112,7 +112,8 @@ def known_keys() -> set[str]:
             "dpo/simpo",
         ):
             found |= set(keys_of(parsed(["fit", f"--config=configs/{name}.yaml", *OVERLAYS])))
-    return found
+        vllm = "--config=configs/overlays/vllm.yaml"
+        return found | set(keys_of(parsed(["fit", "--config=configs/ppo/qwen_0.5b.yaml", vllm])))
 
 
 @pages

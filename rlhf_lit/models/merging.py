@@ -1,0 +1,99 @@
+"""A model's weights as a plain checkpoint holds them, its adapter merged in: what another engine is given.
+
+Nothing of the model is changed, and one merged weight at a time is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.loading import unwrapped
+
+ADAPTER = "default"  # the policy's, as ``Roles`` names it
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight, as ``save_pretrained`` of the merged model would write them; tied weights come once.
+
+    4-bit weights come dequantised: what they stand for in the forward pass. A sum of base and adapter comes in the
+    wider of their two dtypes.
+
+    Args:
+        model: a causal language model, or one inside peft's wrapper, whose adapter ``default`` is merged.
+
+    Raises:
+        UserError: an adapter stands on the embeddings or the LM head, and these are tied: merged it would act on both.
+            Or it stands on the stacked weights of a mixture's experts.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+    from transformers.core_model_loading import revert_weight_conversion
+
+    inner = unwrapped(model)
+    layers = _adapted(inner)
+    if stacked := [path for path, layer in layers.items() if isinstance(layer, ParamWrapper)]:
+        raise UserError(
+            f"base.lora.targets: an adapter on stacked experts ({stacked[0]}) cannot be merged for vLLM; name the "
+            "attention's layers instead"
+        )
+    if inner.config.tie_word_embeddings and layers.keys() & _tied_layers(inner):
+        raise UserError(
+            "base.lora.targets: the embeddings and the LM head share their weights, so an adapter on one of them "
+            "cannot be merged for vLLM; leave both out of the targets"
+        )
+    adapters = {
+        parameter
+        for layer in layers.values()
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    saved = inner.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in inner.named_buffers() if name in saved)
+    for name, weight in (*inner.named_parameters(), *buffers):
+        if weight in adapters:
+            continue
+        path, _, kind = name.rpartition(".")
+        layer = layers.get(path.removesuffix(".base_layer")) if kind == "weight" else None
+        value = _plain(weight) if layer is None else _merged(layer, _plain(weight))
+        # The names and shapes of files are not always those of the module in memory (experts come stacked there).
+        yield from revert_weight_conversion(inner, {name.replace(".base_layer.", "."): value}).items()
+
+
+def _adapted(inner: Any) -> dict[str, Any]:
+    """The layers that hold adapters, by their paths."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {path: module for path, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _tied_layers(inner: Any) -> set[str]:
+    """Paths of the embeddings and the LM head."""
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    return {path for path, module in inner.named_modules() if module in ends}
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """What a weight stands for, where it is held in 4 bits."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)
+
+
+def _merged(layer: Any, weight: Tensor) -> Tensor:
+    """The weight of a layer with its adapter (DoRA's rescaling included) added."""
+    if ADAPTER not in (*layer.lora_A, *layer.lora_embedding_A):
+        return weight
+    delta = layer.get_delta_weight(ADAPTER)
+    weight = weight.to(torch.promote_types(weight.dtype, delta.dtype))
+    if ADAPTER in layer.lora_variant:
+        merged: Tensor = layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, weight)
+        return merged
+    return weight + delta
