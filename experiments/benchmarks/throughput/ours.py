@@ -1,7 +1,8 @@
 """Our side, as a process of its own: `… ours WORKLOAD.json RESULT.json SETTING`.
 
 Settings: `plain`; of PPO also `trunk`, whose critic is a head on the policy's own hidden states; of DPO also `cached`,
-whose reference log-probs were computed by an earlier run; of `generate` also `samples`, eight to each prompt.
+whose reference log-probs were computed by an earlier run; of DPO and reward models also `unshared`, which compute the
+prompt of a pair for each side; of `generate` also `samples`, eight to each prompt.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from experiments.benchmarks.throughput.workload import (
     Workload,
     peak_bytes,
     prompt_batches,
+    random_rows,
 )
 from rlhf_lit.algorithms import DPO, PPO, SFT, RewardModel
 from rlhf_lit.algorithms.base import Algorithm, Schedule
@@ -96,6 +98,38 @@ class Prompts(RolloutDataModule):
             self.examples[name] = self.examples[name][: self.rollout_size]
 
 
+class RandomRows(TextDataModule):
+    """Rows of random tokens, of one length."""
+
+    def __init__(self, workload: Workload, **common: Any) -> None:
+        super().__init__(**common)
+        self.workload = workload
+
+    def _load(self, name: str) -> None:
+        if name == "train":
+            self.examples[name] = [self.example(row) for row in random_rows(self.workload)]
+
+    def example(self, row: list[int]) -> dict[str, Any]:
+        """The second half of a demonstration is the response; of a pair the prompt is followed by both responses."""
+        length = self.workload.row_tokens or 0
+        response = length // 2
+        prompt = length - response
+        common = {"prompt": row[:prompt], "text": "", "source": {}}
+        mask = [False] * prompt + [True] * response
+        if self.workload.task == "sft":
+            return {"tokens": row, "mask": mask, **common}
+        sides = {"chosen": row[:length], "rejected": row[:prompt] + row[length:]}
+        return {**sides, "chosen_mask": mask, "rejected_mask": mask, "margin": 0.0, **common}
+
+
+class RandomDemonstrations(RandomRows, SFTDataModule):
+    """For SFT."""
+
+
+class RandomPairs(RandomRows, PreferenceDataModule):
+    """For DPO."""
+
+
 def rows_of(sequences: Sequences) -> list[dict[str, Any]]:
     """Token ids and masks without padding."""
     return [
@@ -112,10 +146,18 @@ def algorithm(workload: Workload, setting: str) -> Algorithm:
         case "sft":
             return SFT(base, learning_rate=rate, schedule=schedule)
         case "reward":
-            return RewardModel(base, learning_rate=rate, schedule=schedule)
+            shared = setting != "unshared"
+            return RewardModel(base, share_prompts=shared, learning_rate=rate, schedule=schedule)
         case "dpo":
             reference = Reference(precompute=setting == "cached", cache=str(Path(workload.folder, "reference")))
-            return DPO(base, loss=DPOLoss(beta=BETA), reference=reference, learning_rate=rate, schedule=schedule)
+            return DPO(
+                base,
+                loss=DPOLoss(beta=BETA),
+                reference=reference,
+                share_prompts=setting != "unshared",
+                learning_rate=rate,
+                schedule=schedule,
+            )
         case "ppo":
             return PPO(
                 base,
@@ -131,7 +173,7 @@ def algorithm(workload: Workload, setting: str) -> Algorithm:
 
 
 def data_module(workload: Workload) -> TextDataModule:
-    """Rows that fit; of PPO, the prompts of one rollout."""
+    """Rows that fit; of PPO, the prompts of one rollout; random ones where the workload says so."""
     common: dict[str, Any] = {
         "batch_size": workload.batch_size,
         "micro_batch_tokens": workload.micro_batch_tokens,
@@ -142,6 +184,8 @@ def data_module(workload: Workload) -> TextDataModule:
     }
     if workload.task == "ppo":
         return Prompts(Source(workload.pairs), rollout_size=workload.rollout_size, ppo_epochs=PPO_EPOCHS, **common)
+    if workload.row_tokens is not None:
+        return (RandomDemonstrations if workload.task == "sft" else RandomPairs)(workload, **common)
     kind = SFTDataModule if workload.task == "sft" else PreferenceDataModule
     return kind(Source(workload.pairs), **common)
 

@@ -25,7 +25,10 @@ MINIBATCHES, PPO_EPOCHS, NEW_TOKENS, KL_COEFFICIENT = 4, 4, 53, 0.05
 LONGEST, STOP_TOKENS, SAMPLES = 128, tuple(range(100, 100 + 8192 // 32)), 8
 # Llama shapes: hidden, intermediate, layers, heads, key-value heads, vocabulary.
 SHAPES = {
+    "2m": (128, 352, 5, 2, 2, 8192),
     "7m": (256, 704, 6, 4, 4, 8192),
+    "18m": (384, 1056, 8, 6, 6, 8192),
+    "50m": (640, 1760, 9, 10, 10, 8192),
     "0.5b": (896, 4864, 24, 14, 2, 151_936),
     "1b": (2048, 8192, 16, 32, 8, 128_256),
 }
@@ -40,11 +43,12 @@ class Workload:
         task: what is trained.
         folder: where model, rows and results stand.
         pairs: a file of preference pairs; SFT learns the chosen side.
-        shape: of ``SHAPES``.
+        shape: of ``SHAPES``, or six numbers in their order: `128-352-2-2-2-32768`.
         steps: optimizer steps that are timed; of PPO, rollouts with all their updates; of `generate`, batches.
         warm_up: as many before them.
         batch_size: rows, pairs or episodes of an optimizer step.
         max_length: longest sequence, of PPO longest prompt; longer ones are left out.
+        row_tokens: of SFT and DPO, instead of the file's rows: so many random tokens each, half of them the response.
         micro_batch_tokens: of our side; no result depends on it.
         learning_rate: constant.
         device: cpu or cuda.
@@ -59,6 +63,7 @@ class Workload:
     warm_up: int = 2
     batch_size: int = 8
     max_length: int = 512
+    row_tokens: int | None = None
     micro_batch_tokens: int = 1024
     learning_rate: float = 1e-4
     device: str = "cpu"
@@ -68,6 +73,18 @@ class Workload:
     def model(self) -> str:
         """The model's folder."""
         return str(Path(self.folder, f"model_{self.shape}"))
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """Hidden, intermediate, layers, heads, key-value heads, vocabulary."""
+        return SHAPES.get(self.shape) or tuple(int(number) for number in self.shape.split("-"))
+
+    @property
+    def weights(self) -> int:
+        """How many the model has: embeddings, which are the LM head too; in each layer attention, MLP, two norms."""
+        hidden, intermediate, layers, heads, kv_heads, vocabulary = self.dimensions
+        attention = 2 * hidden * hidden * (heads + kv_heads) // heads
+        return vocabulary * hidden + layers * (attention + 3 * hidden * intermediate + 2 * hidden) + hidden
 
     @property
     def reward(self) -> str:
@@ -146,13 +163,26 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def random_rows(workload: Workload) -> list[list[int]]:
+    """As many rows of ``row_tokens`` as the run sees; of DPO half as long again: prompt, chosen, rejected response.
+
+    Of the whole vocabulary, but for the three special tokens.
+    """
+    assert workload.row_tokens is not None
+    count, width = workload.all_steps * workload.batch_size, workload.row_tokens
+    width += width // 2 if workload.task == "dpo" else 0
+    generator = torch.Generator().manual_seed(0)
+    rows: list[list[int]] = torch.randint(3, workload.dimensions[-1], (count, width), generator=generator).tolist()
+    return rows
+
+
 def save_model(workload: Workload) -> None:
     """A Llama with random weights, and a byte-level BPE tokenizer trained on the file itself."""
     import datasets
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[workload.shape]
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = workload.dimensions
     rows = datasets.load_dataset("json", data_files=workload.pairs, split="train")
     texts = (text for side in ("chosen", "rejected") for text in rows[side])
     bpe = ByteLevelBPETokenizer()
