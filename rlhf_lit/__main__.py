@@ -1,7 +1,8 @@
 """The front door: answers ``--help`` before anything heavy is imported, and turns errors into one line.
 
-Exit status: 0 done, 1 a bug (with its traceback), 2 something the user can mend (one line), 130 interrupted,
-143 terminated; `sweep` ends with 1 where an arm failed.
+Exit status: 0 done, 1 a bug (with its traceback), 2 something the user can mend (one line), 75 another rank of the
+run was lost, 130 interrupted, 143 terminated (by SIGTERM or SIGUSR1; `fit` has saved its last step); `sweep` ends
+with 1 where an arm failed.
 """
 
 from __future__ import annotations

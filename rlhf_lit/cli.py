@@ -20,16 +20,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from rlhf_lit import recording, runs, tracking
 from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.checkpoint_io import WholeFiles
 from rlhf_lit.cli_errors import (
     check_keys,
     condense,
@@ -44,6 +47,9 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.preference import PreferenceLoss
 from rlhf_lit.preflight.callback import Preflight
+from rlhf_lit.ranks.callback import Ranks
+from rlhf_lit.ranks.faults import RANK_LOST, how_to_go_on, is_lost_connection
+from rlhf_lit.ranks.preemption import Preemption
 from rlhf_lit.timing import Phases
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -126,7 +132,7 @@ class RunCLI(LightningCLI):
 
     Beside Lightning's keys a config has ``name`` and ``runs`` (where the run's folder stands), ``preflight`` (whether
     it is checked before its first step) and ``checkpoint`` (how often to save). ``--ckpt_path last`` continues the
-    newest run of that name that has a checkpoint, in its folder.
+    newest run of that name that has a checkpoint, in its folder; ``last-or-none`` starts one where there is none.
     """
 
     def __init__(self, argv: list[str]) -> None:
@@ -172,7 +178,9 @@ class RunCLI(LightningCLI):
         _check_trainer(config.trainer)
         if config.name is None:
             config.name = config.model.class_path.rsplit(".", 1)[-1].lower()
-        runs.run_parent(config.runs, config.name)
+        parent = runs.run_parent(config.runs, config.name)
+        if config.ckpt_path == "last-or-none":
+            config.ckpt_path = "last" if runs.has_checkpoint(parent) else None
         if config.ckpt_path:
             self.resumed = self.subcommand == "fit" and config.ckpt_path == "last"
             checkpoint = runs.resolve_checkpoint(str(config.ckpt_path), config.runs, config.name)
@@ -200,7 +208,12 @@ class RunCLI(LightningCLI):
             self.folder = made = runs.new_run(config.runs, config.name)
         folder = self.folder or runs.run_parent(config.runs, config.name)
         self.save_config_kwargs = {"resumed": self.resumed}
-        callbacks = _as_list(settings.callbacks)
+        written = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
+        # The ranks are compared first, before anything is written.
+        callbacks = [Ranks(yaml.safe_load(written)), *_as_list(settings.callbacks)]
+        plugins = _as_list(settings.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(WholeFiles())
         if self.subcommand == "fit" and config.preflight:  # before the callbacks that show or write anything
             callbacks.append(Preflight())
         try:
@@ -208,6 +221,7 @@ class RunCLI(LightningCLI):
                 default_root_dir=str(folder.absolute()),
                 callbacks=[*callbacks, *_own_callbacks(settings, callbacks)],
                 logger=_loggers(settings.logger, folder, config.name),
+                plugins=plugins,
             )
         except BaseException as error:
             if made is not None:
@@ -225,7 +239,8 @@ class RunCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SIGTERMException as stop:  # it has no status of its own: a run that was ended would pass for a whole one
-            print("terminated", file=sys.stderr)
+            if self.trainer.is_global_zero:
+                print(f"terminated{self._way_on()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM) from stop
         except MisconfigurationException as error:
             raise UserError(_one_line(error)) from error
@@ -234,12 +249,20 @@ class RunCLI(LightningCLI):
                 raise UserError(_one_line(error)) from error
             raise
         except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            if is_lost_connection(error):
+                line = f"another rank ended or did not answer: {_one_line(error)}{self._way_on()}"
+                print(f"error: {line}", file=sys.stderr)
+                raise SystemExit(RANK_LOST) from error
             if is_out_of_memory(error):
                 raise UserError(out_of_memory(phase_of(error), self.config[subcommand])) from error
             if self.config[subcommand].ckpt_path and _while_restoring(error):
                 path = self.config[subcommand].ckpt_path
                 raise UserError(f"--ckpt_path {path}: not a checkpoint of this model ({_one_line(error)})") from error
             raise
+
+    def _way_on(self) -> str:
+        """How a run that ends here is continued."""
+        return f"; {how_to_go_on(Path(self.trainer.default_root_dir))}" if self.subcommand == "fit" else ""
 
     def after_fit(self) -> None:
         """One line to end with: where the run is, and what it reached."""
@@ -263,7 +286,13 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _own_callbacks(settings: Namespace, given: list[Callback]) -> list[Callback]:
-    own: list[Callback] = [Phases(), recording.SampleWriter(), recording.PredictionWriter(), recording.HFExport()]
+    own: list[Callback] = [
+        Preemption(),
+        Phases(),
+        recording.SampleWriter(),
+        recording.PredictionWriter(),
+        recording.HFExport(),
+    ]
     if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in given):
         own.append(tracking.progress_bar())
     return own

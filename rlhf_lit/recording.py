@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,10 @@ class Checkpoint(ModelCheckpoint):
         """The last step is always saved, whatever the interval; again where training ended with more than that step."""
         if isinstance(pl_module, RewardModel) and pl_module.normalisation is not None:
             self._last_global_step_saved = -1
+        self.save_now(trainer)
+
+    def save_now(self, trainer: Trainer) -> None:
+        """Save the step that was just made, unless that is done. On all ranks, or on none."""
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
@@ -268,5 +273,10 @@ class HFExport(Callback):
             from rlhf_lit.export.saving import save_hf
 
             assert isinstance(pl_module, Algorithm)
-            save_hf(pl_module, Path(trainer.default_root_dir, EXPORT))
+            folder = Path(trainer.default_root_dir, EXPORT)
+            partial = folder.with_name(f"{EXPORT}.partial")  # a kill leaves no half model where later runs look
+            shutil.rmtree(partial, ignore_errors=True)
+            save_hf(pl_module, partial)
+            shutil.rmtree(folder, ignore_errors=True)  # a resumed run's earlier one
+            partial.replace(folder)
         trainer.strategy.barrier("hf export")

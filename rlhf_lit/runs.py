@@ -83,6 +83,11 @@ def _is_whole(checkpoint: Path) -> bool:
     return (checkpoint / ".metadata").is_file() if checkpoint.is_dir() else is_zipfile(checkpoint)
 
 
+def has_checkpoint(parent: Path) -> bool:
+    """Whether ``last`` finds one among the versions of a run name."""
+    return any(newest_checkpoint(run) for run in versions(parent))
+
+
 def resolve_checkpoint(ckpt_path: str, root: str | os.PathLike[str], name: str) -> Path:
     """The checkpoint that ``--ckpt_path`` names: ``last`` (of this run name), a file, a run folder, or all
     versions of a run, of which it is the newest that has one.

@@ -34,10 +34,18 @@ class Run:
         folder: where it works.
         path: folders to import from, beside this one.
         ranks: processes; from two on each is told its rank by the environment, as torchrun does it.
+        last: what the last rank is given otherwise: the folder where it works, and words that are added for it.
     """
 
-    def __init__(self, *argv: object, folder: Path, path: Sequence[Path] = (), ranks: int = 1) -> None:
-        words, name = [str(word) for word in argv], uuid4().hex
+    def __init__(
+        self,
+        *argv: object,
+        folder: Path,
+        path: Sequence[Path] = (),
+        ranks: int = 1,
+        last: tuple[Path, Sequence[str]] | None = None,
+    ) -> None:
+        name = uuid4().hex
         places = [str(place) for place in (TESTS, *path)]
         port = str(_free_port())
         self._said = [folder / f"said_{name}.{rank}.txt" for rank in range(ranks)]
@@ -45,7 +53,9 @@ class Run:
         for rank, said in enumerate(self._said):
             roles = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
             environment = roles if ranks > 1 else {}
-            process = _server.Process(target=_work, args=(words, folder, places, environment, said), daemon=True)
+            here, more = last if last and rank == ranks - 1 else (folder, ())
+            words = [*map(str, argv), *more]
+            process = _server.Process(target=_work, args=(words, here, places, environment, said), daemon=True)
             process.start()
             self._processes.append(process)
 
@@ -54,6 +64,17 @@ class Run:
         for process in self._processes:
             process.join(PATIENCE)
         assert [process.exitcode for process in self._processes] == [0] * len(self._processes), self.said()
+
+    def statuses(self, patience: float = PATIENCE) -> list[int]:
+        """How its processes have ended, which must be within so many seconds."""
+        deadline = time.monotonic() + patience
+        for process in self._processes:
+            process.join(max(0, deadline - time.monotonic()))
+        statuses = [process.exitcode for process in self._processes]
+        for process in self._processes:
+            process.kill()
+        assert None not in statuses, f"not ended after {patience} s: {statuses}\n{self.said()}"
+        return [int(status) for status in statuses if status is not None]
 
     def kill_at(self, note: Path) -> None:
         """SIGKILL, as soon as each rank has left its note (see ``stalling``)."""

@@ -111,6 +111,7 @@ class TextDataModule(LightningDataModule):
         self.cache = cache
         self.examples: dict[str, list[Any]] = {}
         self.reports: dict[str, RowReport] = {}
+        self.identities: dict[str, str] = {}  # of the rows that were read for a split: how many, and a digest
         self._chat: ChatFormat | None = None
 
     # What a subclass says
@@ -230,6 +231,7 @@ class TextDataModule(LightningDataModule):
         for piece in (json.dumps(options), *rows):
             digest.update(piece.encode())
         key = digest.hexdigest()
+        self.identities[name] = f"{len(found)} rows with the digest {key[:12]}"
         file = Path(self.cache).expanduser() / f"{key}.arrow" if self.cache else None
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

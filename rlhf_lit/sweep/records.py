@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_lit.errors import UserError
-from rlhf_lit.runs import newest_checkpoint, versions
+from rlhf_lit.runs import has_checkpoint, newest_checkpoint, versions
 from rlhf_lit.tracking import replace_file
 
 SWEEP, CALL, RECORD, RESOLVED, LOG, LOCK = "sweep.yaml", "sweep.json", "arm.json", "config.json", "log.txt", ".lock"
@@ -153,7 +153,7 @@ class Folder:
 
     def has_checkpoint(self, arm: Arm) -> bool:
         """Whether `--ckpt_path=last` will find one."""
-        return any(newest_checkpoint(run) for run in versions(self.of(arm)))
+        return has_checkpoint(self.of(arm))
 
 
 def read_arms(path: Path) -> list[Arm]:

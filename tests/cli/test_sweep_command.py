@@ -290,7 +290,8 @@ def test_a_run_that_is_terminated_does_not_pass_for_a_finished_one(run, monkeypa
     monkeypatch.syspath_prepend(HERE)
     answer = run("fit", "--config", "dpo.yaml", "--trainer.callbacks=ended_from_outside.TerminateItself")
     assert answer.status == 143
-    assert answer.err.splitlines()[-1] == "terminated"
+    newest = "runs/dpo/version_0/checkpoints/step_0000001.ckpt"
+    assert answer.err.splitlines()[-1].startswith(f"terminated; the newest whole checkpoint is {newest}: ")
     assert not Path("runs/dpo/version_0/hf").exists()
 
 
