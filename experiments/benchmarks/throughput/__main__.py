@@ -34,6 +34,19 @@ OTHERS = {  # than a workload's own defaults
     "generate": {"batch_size": 64, "max_length": 128, "steps": 3, "warm_up": 1},
 }
 PEERS = {"ppo": "trl_ppo_peer", "generate": "trl_generate_peer"}
+# On a GPU: larger batches, and the peer's fastest settings alone.
+GPU_TURNS = {
+    "sft": (("plain", "grouped"), ("plain", "liger")),
+    "reward": (("plain", "grouped"),),
+    "dpo": (("plain", "grouped"), ("plain", "liger")),
+}
+GPU = {"batch_size": 32, "micro_batch_tokens": 16_384}
+GPU_OTHERS = {"dpo": {"batch_size": 16}, "reward": {"batch_size": 16}}
+PEAKS = {"H100": 989e12, "H200": 989e12}  # dense bf16 products of the SXM parts by NVIDIA's datasheets, FLOP/s
+
+
+class Failed(Exception):
+    """A side's process ended in an error."""
 
 
 @dataclass(frozen=True)
@@ -67,30 +80,44 @@ def main() -> None:
         "--peer-path",
         help="a folder of `pip install --no-deps --target`, for another version of the peer: PPO needs 1.12.0",
     )
-    for name in ("steps", "warm_up", "batch_size", "max_length", "micro_batch_tokens"):
+    for name in ("steps", "warm_up", "batch_size", "max_length", "micro_batch_tokens", "peer_rows"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
+    parser.add_argument("--qlora", action="store_true", help="SFT of adapters on a base in 4 bits")
+    parser.add_argument("--settings", nargs="+", metavar="OURS:PEERS", help="such as plain:grouped, for the usual ones")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     peer, turns, path = given.pop("peer"), given.pop("pairs"), given.pop("peer_path", None)
-    workload = Workload(pairs=given.pop("data"), **OTHERS.get(given["task"], {}) | given)
+    task, on_gpu, chosen = given["task"], given["device"] == "cuda", given.pop("settings", None)
+    usual = OTHERS.get(task, {}) | (GPU | GPU_OTHERS.get(task, {}) if on_gpu else {})
+    settings = GPU_TURNS.get(task, TURNS[task]) if on_gpu else TURNS[task]
+    if chosen:
+        settings = tuple((own, other) for own, _, other in (pair.partition(":") for pair in chosen))
+    workload = Workload(pairs=given.pop("data"), **usual | given)
     Path(workload.folder).mkdir(parents=True, exist_ok=True)
-    if not Path(workload.model, "config.json").exists():
-        save_model(workload)
+    save_model(workload)
     file = workload.save()
     module = PEERS.get(workload.task, "trl_peer")
-    found: dict[tuple[str, str], list[Pair]] = {settings: [] for settings in TURNS[workload.task]}
+    found: dict[tuple[str, str], list[Pair]] = {pair: [] for pair in settings}
     for own in dict.fromkeys(own for own, _ in found):
-        side("ours", file, own)  # fills the caches, and writes the peer's batches
+        if not on_gpu or own == "cached":  # a GPU's peak holds nothing of the reading of a file
+            side("ours", file, own)  # fills the caches
     for turn in range(turns):
         measured: dict[tuple[str, str], Measured] = {}  # what stands in two pairs is measured once
-        for (own, other), pairs in found.items():
-            for key, where in ((("ours", own), None), ((module, other), path)):
-                if key not in measured:
-                    measured[key] = side(key[0], file, key[1], where)
+        for (own, other), pairs in list(found.items()):
+            try:
+                for key, where in ((("ours", own), None), ((module, other), path)):
+                    if key not in measured:
+                        measured[key] = side(key[0], file, key[1], where)
+            except Failed as error:
+                print(f"{own} against {other} is left out: {error}", flush=True)
+                del found[own, other]
+                continue
             pairs.append(Pair(measured["ours", own], measured[module, other]))
             ratios = f"{pairs[-1].speed:.2f} ×, memory {pairs[-1].memory:.2f} ×"
             print(f"{turn + 1}/{turns} {own} against {other}: {ratios}", flush=True)
+    if not found:
+        raise SystemExit("nothing was measured")
     print(table(workload, peer, installed(peer, path), found))
 
 
@@ -106,7 +133,9 @@ def side(module: str, file: Path, setting: str, path: str | None = None) -> Meas
         text=True,
     )
     if done.returncode:
-        raise SystemExit(f"{module}: {done.stderr.strip().rpartition(chr(10))[2]}")
+        log = file.with_name(f"{module}_{setting}.log")
+        log.write_text(done.stderr)
+        raise Failed(f"{module}: {done.stderr.strip().rpartition(chr(10))[2]} ({log})")
     return Measured(**json.loads(result.read_text()))
 
 
@@ -124,6 +153,8 @@ def table(workload: Workload, peer: str, release: str, found: dict[tuple[str, st
     card = (
         torch.cuda.get_device_name() if workload.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     )
+    peak_rate = next((rate for name, rate in PEAKS.items() if name in card), None)
+    shares: list[str] = []
     head = [
         f"{workload.task}, {workload.shape}, {workload.precision}, batches of {workload.batch_size}, "
         f"{amount / workload.steps:.0f} {unit} a step, {workload.steps} steps; {card}; torch {torch.__version__}, "
@@ -145,7 +176,12 @@ def table(workload: Workload, peer: str, release: str, found: dict[tuple[str, st
             f"({min(speeds):.2f}–{max(speeds):.2f}) | {peak[0]:.2f} | {peak[1]:.2f} | "
             f"{statistics.median(pair.memory for pair in pairs):.2f} | {f'{max(apart):.1e}' if apart else '–'} |"
         )
-    return "\n".join(head)
+        if peak_rate and workload.products_per_token:
+            shares.append(
+                f"{own}, {other}: {' and '.join(f'{of * workload.products_per_token / peak_rate:.1%}' for of in rate)} "
+                f"of {peak_rate / 1e12:.0f} TFLOP/s, at {workload.products_per_token / 1e9:.2f} GFLOP a token"
+            )
+    return "\n".join([*head, "", *shares])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from rlhf_lit.data.records import Source
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss
-from rlhf_lit.models.loading import Base, load_causal_lm
+from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.randomness import row_keys
 from rlhf_lit.rollout.engine import Sampling, sample
@@ -141,6 +141,9 @@ def rows_of(sequences: Sequences) -> list[dict[str, Any]]:
 def algorithm(workload: Workload, setting: str) -> Algorithm:
     """With AdamW, gradients clipped at 1 and a constant rate, which are the peer's settings too."""
     base = Base(name=workload.model)
+    if workload.qlora:
+        adapters = {"lora": LoRA(), "quantization": Quantization(), "gradient_checkpointing": True}
+        base = replace(base, dtype=workload.dtype, **adapters)
     schedule, rate = Schedule(name="constant"), workload.learning_rate
     match workload.task:
         case "sft":
@@ -192,7 +195,7 @@ def data_module(workload: Workload) -> TextDataModule:
 
 def generate(workload: Workload, setting: str) -> Measured:
     """Answer the workload's prompts, as a rollout does."""
-    model = load_causal_lm(Base(name=workload.model)).to(workload.device)
+    model = load_causal_lm(Base(name=workload.model, dtype=workload.dtype)).to(workload.device)
     settings, seconds, amount = Sampling(max_new_tokens=LONGEST), 0.0, 0
     for step, prompts in enumerate(prompt_batches(workload, setting)):
         tokens = Sequences.pad(prompts, [[False] * len(prompt) for prompt in prompts]).to(workload.device)

@@ -27,7 +27,7 @@ from experiments.benchmarks.throughput.workload import (
 def main(workload: Workload, setting: str) -> Measured:
     """Answer the workload's prompts."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(workload.model).to(workload.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=workload.dtype).to(workload.device).eval()
     stops, pad = torch.tensor(STOP_TOKENS, device=workload.device), 2
     settings = GenerationConfig(
         max_new_tokens=LONGEST,

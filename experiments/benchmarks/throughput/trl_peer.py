@@ -1,7 +1,8 @@
 """TRL's side, as a process of its own, by the peer's interpreter: `… trl_peer WORKLOAD.json RESULT.json SETTING`.
 
-Settings: `defaults`, which recompute activations in the backward pass (gradient checkpointing); `plain`, without; and
-`grouped`, without and with batches of rows of similar length, which are then other batches than ours.
+Settings: `defaults`, which recompute activations in the backward pass (gradient checkpointing); `plain`, without;
+`grouped`, without and with batches of rows of similar length, which are then other batches than ours; and `liger`,
+which is `grouped` with Liger's kernels for norms, rotations and the MLP (TRL has a chunked LM head of its own).
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from experiments.benchmarks.throughput.workload import BETA, Measured, Workload, peak_bytes
 
 IGNORED = -100  # a label that no loss counts
+GROUPED = ("grouped", "liger")
 
 
 class Watch(TrainerCallback):
@@ -54,9 +57,9 @@ class TokenisedDPO(DPOTrainer):
 
 
 def batches_of(workload: Workload, setting: str) -> list[list[dict[str, Any]]]:
-    """The workload's batches; with the setting `grouped` their rows in batches of similar length, in random order."""
+    """The workload's batches; of the settings `GROUPED` their rows in batches of similar length, in random order."""
     batches = workload.read_batches()
-    if setting != "grouped":
+    if setting not in GROUPED:
         return batches
     rows = [row for batch in batches for row in batch]
     rows.sort(key=lambda row: max(len(side["tokens"]) for side in row.values()))
@@ -86,12 +89,27 @@ def columns(workload: Workload, batches: list[list[dict[str, Any]]]) -> list[dic
     return found
 
 
+def four_bits() -> dict[str, Any]:
+    """Our ``Quantization``'s defaults."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "dtype": torch.bfloat16}
+
+
 def main(workload: Workload, setting: str) -> Measured:
     """Train for the workload's steps."""
+    rows = workload.peer_rows or workload.batch_size
     options: dict[str, Any] = {
         "output_dir": str(Path(workload.folder, "trl")),
         "max_steps": workload.all_steps,
-        "per_device_train_batch_size": workload.batch_size,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": workload.batch_size // rows,
         "learning_rate": workload.learning_rate,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
@@ -103,10 +121,10 @@ def main(workload: Workload, setting: str) -> Measured:
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": workload.device == "cuda",
+        "gradient_checkpointing": setting == "defaults" or workload.qlora,
+        "use_liger_kernel": setting == "liger",
     }
-    if setting != "defaults":
-        options["gradient_checkpointing"] = False
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
     watch, batches = Watch(workload), batches_of(workload, setting)
     given: dict[str, Any] = {
@@ -116,8 +134,9 @@ def main(workload: Workload, setting: str) -> Measured:
     }
     match workload.task:
         case "sft":
-            model = AutoModelForCausalLM.from_pretrained(workload.model)
-            trainer: Any = SFTTrainer(model=model, args=SFTConfig(**options), **given)
+            model = AutoModelForCausalLM.from_pretrained(workload.model, **(four_bits() if workload.qlora else {}))
+            adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if workload.qlora else None
+            trainer: Any = SFTTrainer(model=model, args=SFTConfig(**options), peft_config=adapter, **given)
         case "reward":
             model = AutoModelForSequenceClassification.from_pretrained(workload.model, num_labels=1)
             model.score.weight.data.copy_(torch.load(workload.head))
@@ -127,7 +146,7 @@ def main(workload: Workload, setting: str) -> Measured:
             reference = AutoModelForCausalLM.from_pretrained(workload.model)
             trainer = TokenisedDPO(model=model, ref_model=reference, args=DPOConfig(beta=BETA, **options), **given)
     trainer.train()
-    losses = [] if setting == "grouped" else watch.losses
+    losses = [] if setting in GROUPED else watch.losses
     return Measured(watch.ended - watch.started, workload.amount(batches), losses, peak_bytes(workload.device))
 
 

@@ -31,6 +31,7 @@ SHAPES = {
     "50m": (640, 1760, 9, 10, 10, 8192),
     "0.5b": (896, 4864, 24, 14, 2, 151_936),
     "1b": (2048, 8192, 16, 32, 8, 128_256),
+    "8b": (4096, 14_336, 32, 32, 8, 128_256),
 }
 VOCABULARY = 8192  # of the tokenizer, at most; larger embeddings hold rows that no text uses
 
@@ -50,6 +51,8 @@ class Workload:
         max_length: longest sequence, of PPO longest prompt; longer ones are left out.
         row_tokens: of SFT and DPO, instead of the file's rows: so many random tokens each, half of them the response.
         micro_batch_tokens: of our side; no result depends on it.
+        peer_rows: of the peer's side, rows or pairs that go through at once; none: the whole batch.
+        qlora: of SFT, adapters on a base in 4 bits, activations recomputed; both sides.
         learning_rate: constant.
         device: cpu or cuda.
         precision: Lightning's name, 32-true or bf16-mixed.
@@ -65,6 +68,8 @@ class Workload:
     max_length: int = 512
     row_tokens: int | None = None
     micro_batch_tokens: int = 1024
+    peer_rows: int | None = None
+    qlora: bool = False
     learning_rate: float = 1e-4
     device: str = "cpu"
     precision: str = "32-true"
@@ -85,6 +90,21 @@ class Workload:
         hidden, intermediate, layers, heads, kv_heads, vocabulary = self.dimensions
         attention = 2 * hidden * hidden * (heads + kv_heads) // heads
         return vocabulary * hidden + layers * (attention + 3 * hidden * intermediate + 2 * hidden) + hidden
+
+    @property
+    def products_per_token(self) -> int | None:
+        """FLOP of a token of SFT or DPO by the usual count, 2 for each weight and pass: one forward, two backward.
+
+        Adapters alone need no gradient of the base's weights; DPO's reference goes forward. What is saved (LM head of
+        prompt tokens, prompts that pairs share) is counted, and what is done again (recomputed activations) is not.
+        """
+        passes = {"sft": 2 if self.qlora else 3, "dpo": 4}.get(self.task)
+        return passes and 2 * passes * self.weights
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of weights that do not train: sampling, and a base under adapters."""
+        return "float32" if self.precision == "32-true" else "bfloat16"
 
     @property
     def reward(self) -> str:
@@ -177,7 +197,10 @@ def random_rows(workload: Workload) -> list[list[int]]:
 
 
 def save_model(workload: Workload) -> None:
-    """A Llama with random weights, and a byte-level BPE tokenizer trained on the file itself."""
+    """A Llama with random weights, and a byte-level BPE tokenizer trained on the file itself; for PPO a scorer too."""
+    folders = [workload.model] + ([workload.reward] if workload.task == "ppo" else [])
+    if all(Path(folder, "config.json").exists() for folder in folders):
+        return
     import datasets
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -189,7 +212,6 @@ def save_model(workload: Workload) -> None:
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False)
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
-    torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -202,10 +224,13 @@ def save_model(workload: Workload) -> None:
         eos_token_id=1,
         pad_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(workload.model)
-    config.num_labels = 1
-    LlamaForSequenceClassification(config).save_pretrained(workload.reward)
-    for folder in (workload.model, workload.reward):
+    for folder, kind in zip(folders, (LlamaForCausalLM, LlamaForSequenceClassification), strict=False):
+        config.num_labels = 2 if kind is LlamaForCausalLM else 1  # the library's default, or one score
+        torch.manual_seed(0)
+        with torch.device(workload.device):
+            kind._from_config(
+                config, dtype=getattr(torch, workload.dtype if workload.qlora else "float32")
+            ).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
