@@ -81,6 +81,11 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | Non
     return [order[start:end] for start, end in pairwise(reversed(cuts))]
 
 
+def no_rows() -> Tensor:
+    """A group without any."""
+    return torch.zeros(0, dtype=torch.int64)
+
+
 class Record:
     """A dataclass of tensors that knows how to move and to be cut by rows."""
 
@@ -144,6 +149,16 @@ class Sequences(Record):
             mask[i, : len(row)] = torch.tensor(row_mask, dtype=torch.bool)
         return cls(padded, lengths, mask)
 
+    @classmethod
+    def blank(cls, device: torch.device, rows: int = 1) -> Sequences:
+        """Rows of two tokens of no account: what a rank passes through a sharded model to keep step with the others."""
+        mask = torch.tensor([[False, True]] * rows, device=device)
+        return cls(torch.zeros_like(mask, dtype=torch.int64), torch.full((rows,), 2, device=device), mask)
+
+    def part(self, rows: Tensor) -> Sequences:
+        """The given rows; a blank one in place of none."""
+        return self.select(rows) if len(rows) else self.blank(self.tokens.device)
+
     def select(self, rows: Tensor) -> Sequences:
         """The given rows, trimmed to the longest of them."""
         lengths = self.lengths[rows.to(self.lengths.device)]
@@ -179,6 +194,10 @@ class SupervisedBatch(Record):
 
     sequences: Sequences
     micro_batch_tokens: int
+
+    def blank(self) -> SupervisedBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        return replace(self, sequences=Sequences.blank(self.sequences.tokens.device))
 
     def micro_batches(self, packed: bool = False) -> Iterator[SupervisedBatch]:
         """Length-sorted pieces of at most ``micro_batch_tokens`` tokens; padded ones, if not ``packed``."""
@@ -235,6 +254,13 @@ class PreferenceBatch(Record):
             reference_chosen=_narrow(chosen.reference_chosen, chosen.chosen),
             reference_rejected=_narrow(chosen.reference_rejected, chosen.rejected),
         )
+
+    def blank(self) -> PreferenceBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        side = Sequences.blank(self.margin.device)
+        known = None if self.reference_chosen is None else torch.zeros(1, 2, device=self.margin.device)
+        return replace(self, chosen=side, rejected=side, margin=self.margin.new_zeros(1),
+                       reference_chosen=known, reference_rejected=known)  # fmt: skip
 
     def sides(self) -> Sequences:
         """All chosen rows, then all rejected ones: one forward serves both."""
@@ -301,6 +327,14 @@ class UnpairedBatch(Record):
             reference_mismatched=_narrow(chosen.reference_mismatched, chosen.mismatched),
         )
 
+    def blank(self) -> UnpairedBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        device = self.desirable.device
+        row = Sequences.blank(device)
+        known = None if self.reference is None else torch.zeros(1, 2, device=device)
+        return replace(self, sequences=row, mismatched=row, desirable=self.desirable.new_ones(1),
+                       reference=known, reference_mismatched=known)  # fmt: skip
+
     def micro_batches(self, packed: bool = False) -> Iterator[UnpairedBatch]:
         """Length-sorted pieces of at most ``micro_batch_tokens`` tokens of ``sequences``, padded if not ``packed``."""
         for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
@@ -339,6 +373,16 @@ class RankedBatch(Record):
             counts=self.counts[rows],
             rank=self.rank[kept],
             rating=self.rating[kept],
+        )
+
+    def blank(self) -> RankedBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        return replace(
+            self,
+            answers=Sequences.blank(self.rank.device, rows=2),
+            counts=self.counts.new_tensor([2]),
+            rank=self.rank.new_tensor([0, 1]),
+            rating=self.rating.new_zeros(2),
         )
 
     def prompt_of_answer(self) -> Tensor:
@@ -444,6 +488,11 @@ class ExperienceBatch(Record):
         """The per-token tensors beside the sequences."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def blank(self) -> ExperienceBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        nothing: dict[str, Any] = {name: column.new_zeros(1, 2) for name, column in self.columns().items()}
+        return replace(self, sequences=Sequences.blank(self.values.device), **nothing)
 
     def micro_batches(self, packed: bool = False) -> Iterator[ExperienceBatch]:
         """Length-sorted pieces of at most ``micro_batch_tokens`` tokens; padded ones, if not ``packed``."""

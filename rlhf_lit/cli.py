@@ -30,7 +30,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from rlhf_lit import recording, runs, tracking
+from rlhf_lit import recording, runs, strategies, tracking
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.checkpoint_io import WholeFiles
 from rlhf_lit.cli_errors import (
@@ -274,6 +274,7 @@ def _check_trainer(trainer: Namespace) -> None:
     for key, (silent, instead) in ELSEWHERE.items():
         if trainer[key] not in silent:
             raise UserError(f"trainer.{key} is not for this: {instead}")
+    strategies.check(str(trainer.strategy))
     precision = str(trainer.precision)
     if precision in BAD_PRECISION:
         raise UserError(f"trainer.precision {precision}: {BAD_PRECISION[precision]}")

@@ -26,6 +26,7 @@ from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.sharding import whole_weights
 from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.runs import CHECKPOINTS, EXPORT
 from rlhf_lit.tracking import MetricsFile, WandB, append_rows, replace_file, short_path
@@ -269,14 +270,18 @@ class HFExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Not reached when training was interrupted by an exception."""
-        if trainer.is_global_zero and not _trial(trainer):
-            from rlhf_lit.export.saving import save_hf
-
+        if not _trial(trainer):
             assert isinstance(pl_module, Algorithm)
-            folder = Path(trainer.default_root_dir, EXPORT)
-            partial = folder.with_name(f"{EXPORT}.partial")  # a kill leaves no half model where later runs look
-            shutil.rmtree(partial, ignore_errors=True)
-            save_hf(pl_module, partial)
-            shutil.rmtree(folder, ignore_errors=True)  # a resumed run's earlier one
-            partial.replace(folder)
+            weights = whole_weights(pl_module.trained_model, keep=trainer.is_global_zero)
+            if trainer.is_global_zero:
+                self._export(pl_module, weights, Path(trainer.default_root_dir, EXPORT))
         trainer.strategy.barrier("hf export")
+
+    def _export(self, module: Algorithm, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
+        from rlhf_lit.export.saving import save_hf
+
+        partial = folder.with_name(f"{EXPORT}.partial")  # a kill leaves no half model where later runs look
+        shutil.rmtree(partial, ignore_errors=True)
+        save_hf(module, partial, weights)
+        shutil.rmtree(folder, ignore_errors=True)  # a resumed run's earlier one
+        partial.replace(folder)

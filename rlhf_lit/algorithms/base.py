@@ -23,6 +23,7 @@ from torchmetrics import MeanMetric
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Record, SupervisedBatch, UnpairedBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base, load_tokenizer
+from rlhf_lit.models.sharding import gathered, is_sharded, passes, shard
 from rlhf_lit.models.states import packs
 from rlhf_lit.randomness import reseed
 
@@ -125,12 +126,20 @@ class Algorithm(LightningModule):
         self.schedule_settings = schedule
         self.averages = nn.ModuleDict()
         self._built = False
+        # Whether the micro-batch at hand is a blank, which counts for nothing (see ``models.sharding``).
+        self.keeping_step = False
 
     # What a subclass says
 
     def build(self) -> None:
         """Load the models. Called once, before anything else."""
         raise NotImplementedError
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """What is exported at the end: the policy, where a subclass says nothing else."""
+        policy: nn.Module = self.roles.policy  # type: ignore[union-attr, assignment]
+        return policy
 
     def modes(self) -> None:
         """Set train or eval mode of the models for training."""
@@ -152,6 +161,19 @@ class Algorithm(LightningModule):
         """The pieces of a batch that go through the device at once."""
         yield from batch.micro_batches(self.packed)
 
+    def in_step(self, batch: Any) -> Iterator[Any]:
+        """The same; and, where models are spread over the ranks, blanks as long as another rank has more of them."""
+        for micro_batch, counts in passes(self, self.micro_batches(batch), batch.blank):
+            self.keeping_step = not counts
+            yield micro_batch
+        self.keeping_step = False
+
+    def _add(self, totals: dict[str, Tensor], share: Share) -> None:
+        if self.keeping_step:
+            return
+        for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
+            totals[name] = totals[name] + value if name in totals else value
+
     @property
     def weight_of(self) -> str:
         """The unit by which validation averages over batches."""
@@ -169,10 +191,12 @@ class Algorithm(LightningModule):
         return load_tokenizer(self.base)
 
     def configure_model(self) -> None:
-        """Build the models, once."""
+        """Build the models, once, and spread them over the ranks where the strategy says so (it set a mesh)."""
         if not self._built:
             self.build()
             self._check_vocabulary()
+            if self._device_mesh is not None:
+                shard(self, self._device_mesh["data_parallel"])
             self._built = True
 
     def _check_vocabulary(self) -> None:
@@ -229,10 +253,10 @@ class Algorithm(LightningModule):
         self.prepare(batch)
         totals: dict[str, Tensor] = {}
         with self._local_gradients():
-            for micro_batch in self.micro_batches(batch):
+            for micro_batch in self.in_step(batch):
                 for share in self.shares(micro_batch, units):
-                    self.manual_backward(share.loss)
-                    _add(totals, {"loss": share.loss.detach(), **share.metrics})
+                    self.manual_backward(0 * share.loss if self.keeping_step else share.loss)
+                    self._add(totals, share)
         norm = self._reduce_and_clip()
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -297,13 +321,13 @@ class Algorithm(LightningModule):
         for parameter in self.trainable_parameters():
             if parameter not in moving:
                 parameter.grad = None  # the optimizer passes over it: no decay, no moments, no count of steps
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 and not is_sharded(self):  # sharded ones were added up on the way
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
         limit = self.optimizer_settings.max_grad_norm
-        return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        return gathered(nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer steps."""
@@ -320,6 +344,11 @@ class Algorithm(LightningModule):
     def configure_optimizers(self) -> Any:
         if not self.trainable_parameters():
             raise UserError(f"base.name: nothing of {self.base.name} is trainable")
+        if is_sharded(self) and self.optimizer_settings.name != "adamw":
+            raise UserError(
+                f"model.optimizer.name: {self.optimizer_settings.name} knows no sharded weights; set it to adamw, "
+                "whose state is spread over the ranks too"
+            )
         optimizer = self.optimizer_settings.build(self.parameter_groups())
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -363,14 +392,14 @@ class Algorithm(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Losses and metrics on held-out rows (none where the last batch is smaller than the number of ranks)."""
         self.prepare(batch)
-        if len(batch):
+        if len(batch) or is_sharded(self):
             reseed("validation", self.global_step, batch_idx, self.global_rank)
             self.evaluate(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The same on the test rows."""
         self.prepare(batch)
-        if len(batch):
+        if len(batch) or is_sharded(self):
             reseed("validation", self.global_step, batch_idx, self.global_rank)
             self.evaluate(batch, "test")
 
@@ -378,9 +407,9 @@ class Algorithm(LightningModule):
         """Average the batch's numbers into the stage's, weighted by what the batch is counted in."""
         units = self.units(batch)
         totals: dict[str, Tensor] = {}
-        for micro_batch in self.micro_batches(batch):
+        for micro_batch in self.in_step(batch):
             for share in self.shares(micro_batch, units):
-                _add(totals, {"loss": share.loss.detach(), **share.metrics})
+                self._add(totals, share)
         for name, total in totals.items():
             weight = units[self.metric_units.get(name, self.weight_of)]
             self.log_averages(stage, {name: total}, weight, batch_size=len(batch))
@@ -406,11 +435,6 @@ class Algorithm(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One record per row of the batch."""
         raise NotImplementedError
-
-
-def _add(totals: dict[str, Tensor], shares: dict[str, Tensor]) -> None:
-    for name, share in shares.items():
-        totals[name] = totals[name] + share if name in totals else share
 
 
 def require_no_dropout(base: Base, algorithm: str) -> None:

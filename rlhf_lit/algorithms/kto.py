@@ -21,6 +21,7 @@ from rlhf_lit.losses.preference import KTOLoss
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.models.sharding import passes
 from rlhf_lit.rollout.engine import Sampling
 
 
@@ -64,9 +65,10 @@ class KTO(OfflineAlgorithm):
     def prepare(self, batch: UnpairedBatch) -> None:
         """z = max(0, mean Δ of the mismatched responses), over the whole batch on all ranks."""
         total = torch.zeros((), device=self.device)
-        for rows in cut_by_tokens(batch.mismatched.lengths.cpu(), SCORING_BUDGET * batch.micro_batch_tokens):
-            part = batch.select(rows)
-            total = total + self._logratios(part.mismatched, part.reference_mismatched).sum()
+        groups = cut_by_tokens(batch.mismatched.lengths.cpu(), SCORING_BUDGET * batch.micro_batch_tokens)
+        for part, counts in passes(self, (batch.select(rows) for rows in groups), batch.blank):
+            found = self._logratios(part.mismatched, part.reference_mismatched).sum()
+            total = total + found if counts else total
         count = self.sum_over_ranks(torch.tensor(float(len(batch)), device=self.device))
         self.baseline = (self.sum_over_ranks(total) / count).clamp(min=0)
 

@@ -25,6 +25,7 @@ from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.sharding import whole
 from rlhf_lit.reference_cache.identity import identify
 from rlhf_lit.reference_cache.store import ReferenceCache
 from rlhf_lit.rollout.engine import Sampling
@@ -225,7 +226,8 @@ class OfflineAlgorithm(WritingAlgorithm):
         def compute(sequences: Sequences) -> Tensor:
             return token_logprobs(model, sequences.to(self.device)).cpu()
 
-        with self.trainer.precision_plugin.forward_context(), self.roles.acting("reference") as model:
+        context = self.trainer.precision_plugin.forward_context()
+        with context, self.roles.acting("reference") as model, whole(model):  # each rank computes rows of its own
             self.cache.build(
                 rows,
                 compute,

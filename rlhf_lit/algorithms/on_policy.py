@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share, require_no_dropout
 from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
-from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_by_tokens
+from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_by_tokens, no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController, estimate_kl, fixed_point
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
@@ -28,6 +28,7 @@ from rlhf_lit.models.comparison import Comparison, compare_with_reference, exact
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.sharding import passes
 from rlhf_lit.randomness import reseed
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.record import RolloutRecord, Scores
@@ -236,10 +237,12 @@ class OnPolicy(WritingAlgorithm):
     def _score_pass(self, sequences: Sequences, budget: int) -> Comparison:
         """Policy and reference on the sampled responses, in micro-batches. [rows, time] each."""
         comparison = Comparison.empty(sequences)
-        for rows in cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * budget, self.packed):
+        groups = cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * budget, self.packed)
+        for rows, counts in passes(self.roles, groups, no_rows):
             rows = rows.to(sequences.tokens.device)
-            part = sequences.select(rows)
-            comparison.put(rows, compare_with_reference(self.roles, part, self.sampling.temperature))
+            part = compare_with_reference(self.roles, sequences.part(rows), self.sampling.temperature)
+            if counts:
+                comparison.put(rows, part)
         return comparison
 
     def raw_scores(self, prompts: PromptBatch, samples: Samples, texts: list[str]) -> Tensor:
@@ -394,8 +397,11 @@ class OnPolicy(WritingAlgorithm):
         samples = self.respond(batch)
         comparison = self._score_pass(samples.sequences, batch.micro_batch_tokens)
         mask = samples.sequences.mask
+        scores = self.raw_scores(batch, samples, self.response_texts(samples))
+        if not len(batch):  # this rank only kept step with the others
+            return
         means = {
-            "scores": self.raw_scores(batch, samples, self.response_texts(samples)).mean(),
+            "scores": scores.mean(),
             "kl": row_sums(comparison.logratio, mask).mean(),
             "kl_exact": row_sums(comparison.exact_kl, mask).mean(),
             "length": mask.sum(-1).float().mean(),

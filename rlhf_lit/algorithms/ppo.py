@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share
 from rlhf_lit.algorithms.on_policy import SCORING_BUDGET, Estimate, OnPolicy
-from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_by_tokens
+from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_by_tokens, no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import KLController
@@ -27,6 +27,7 @@ from rlhf_lit.losses.reductions import masked_sum, moments, whiten
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
+from rlhf_lit.models.sharding import passes
 from rlhf_lit.models.states import sequence_states
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
@@ -110,13 +111,14 @@ class PPO(OnPolicy):
     def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor) -> Estimate:
         """Generalised advantages over the critic's values."""
         mask, values = sequences.mask, torch.zeros_like(rewards)
-        for rows in cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * prompts.micro_batch_tokens, self.packed):
+        groups = cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * prompts.micro_batch_tokens, self.packed)
+        for rows, counts in passes(self.roles, groups, no_rows):
             rows = rows.to(values.device)
-            part = sequences.select(rows)
+            part = sequences.part(rows)
             with self.roles.acting("value") as model:
-                values[rows, : part.tokens.shape[1]] = token_values(model, self.roles.heads["value"], part).to(
-                    values.dtype
-                )
+                found = token_values(model, self.roles.heads["value"], part).to(values.dtype)
+            if counts:
+                values[rows, : part.tokens.shape[1]] = found
         advantages, returns = generalised_advantages(rewards, values, mask, self.gamma, self.lam)
         explained = self._explained_variance(values, returns, mask)
         if self.whiten_advantages:

@@ -27,6 +27,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss, list_shares
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, load_scorer, unwrapped
+from rlhf_lit.models.sharding import assign, gathered, is_sharded, reshard
 from rlhf_lit.models.states import pair_states
 from rlhf_lit.rollout.rewards import score_sequences
 
@@ -105,6 +106,10 @@ class RewardModel(Algorithm):
     def build(self) -> None:
         self.scorer = load_scorer(self.base)
 
+    @property
+    def trained_model(self) -> nn.Module:
+        return self.scorer
+
     def modes(self) -> None:
         self.scorer.train()
 
@@ -133,7 +138,7 @@ class RewardModel(Algorithm):
         if self.share_prompts and isinstance(batch, PreferenceBatch):
             states = pair_states(self.scorer, batch.chosen, batch.rejected)
         scores = self.scores(compared.answers, states)
-        if self._evaluating:
+        if self._evaluating and not self.keeping_step:
             self._observe(scores, compared, self._evaluating)
         better, worse = scores[compared.better], scores[compared.worse]
         losses = list_shares(self.loss(better, worse, compared.margin), compared.siblings)
@@ -188,7 +193,7 @@ class RewardModel(Algorithm):
     def predict_step(self, batch: PreferenceBatch | RankedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """The scores of both sides of each pair, or of each answer of a list (none where the last batch is smaller than
         the number of ranks)."""
-        if not len(batch):
+        if not len(batch) and not is_sharded(self):
             return []
         if isinstance(batch, RankedBatch):
             scores = score_sequences(self.scorer, batch.answers, batch.micro_batch_tokens)
@@ -228,6 +233,7 @@ class RewardModel(Algorithm):
                 rows = rows if self.unit_variance else rows[compared.best]
                 found.append(self.scores(compared.answers.select(rows)).double())
                 reference.append(compared.best[rows])
+        reshard(self)  # all ranks made the same passes
         self.scorer.train(training)
         scores = torch.cat(found)
         mean, spread = float(scores[torch.cat(reference)].mean()), float(scores.std(correction=0))
@@ -236,7 +242,7 @@ class RewardModel(Algorithm):
             _note(f"the scores of {len(scores)} responses are {what}: they were not normalised")
             return
         scale = 1 / spread if self.unit_variance else 1.0
-        head = {name: parameter.detach().clone() for name, parameter in self._head().items()}
+        head = {name: gathered(parameter.detach()).clone() for name, parameter in self._head().items()}
         bias = reward_bias(unwrapped(self.scorer))
         self._put({name: value * scale for name, value in head.items()}, (bias - mean) * scale)
         before = self.normalisation
@@ -254,7 +260,7 @@ class RewardModel(Algorithm):
     @torch.no_grad()
     def _put(self, head: dict[str, Tensor], bias: float) -> None:
         for name, parameter in self._head().items():
-            parameter.copy_(head[name])
+            assign(parameter, head[name])
         unwrapped(self.scorer).config.reward_bias = bias
 
     # A checkpoint holds the head as it was trained, and the normalisation beside it: a run that goes on is the same to

@@ -12,6 +12,7 @@ from rlhf_lit.batches import PromptBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base, context_length, stop_ids
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.sharding import is_sharded, whole
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Engine, Samples, Sampling, sample
 from rlhf_lit.rollout.rewards import shown
@@ -48,6 +49,10 @@ class WritingAlgorithm(Algorithm):
         Raises:
             UserError: a prompt and its response may be longer than the model's context.
         """
+        if not len(prompts):
+            with self.roles.acting("policy") as model, whole(model):  # with the ranks that have some
+                nothing = prompts.prompts
+                return Samples(nothing, torch.zeros(nothing.tokens.shape, device=self.device), nothing.lengths.bool())
         row = int(prompts.prompts.lengths.argmax())
         longest = int(prompts.prompts.lengths[row]) + self.sampling.max_new_tokens
         context = context_length(self.roles.policy)
@@ -57,7 +62,7 @@ class WritingAlgorithm(Algorithm):
                 f"{longest} tokens, and the model's context is {context}; lower it, or data.max_length"
             )
         keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
-        with self.roles.acting("policy") as model:
+        with self.roles.acting("policy") as model, whole(model):
             return self.engine(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
 
     def response_texts(self, samples: Samples) -> list[str]:
@@ -105,4 +110,4 @@ class WritingAlgorithm(Algorithm):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Completions of a batch of prompts (none where the last one is smaller than the number of ranks)."""
-        return self.completions(batch) if len(batch) else []
+        return self.completions(batch) if len(batch) or is_sharded(self) else []

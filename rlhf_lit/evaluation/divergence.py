@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from rlhf_lit.algorithms.writing import WritingAlgorithm
-from rlhf_lit.batches import Sequences, cut_by_tokens
+from rlhf_lit.batches import Sequences, cut_by_tokens, no_rows
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import SCORING_TOKENS
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.comparison import compare_with_reference
+from rlhf_lit.models.sharding import passes
 
 
 @torch.no_grad()
@@ -28,9 +29,11 @@ def kl_per_response(
         Their expectations are the same, the first varies less.
     """
     exact, k1 = torch.zeros(2, len(sequences), dtype=torch.float64)
-    for rows in cut_by_tokens(sequences.lengths.cpu(), budget):
-        part = sequences.select(rows).to(module.device)
+    for rows, counts in passes(module.roles, cut_by_tokens(sequences.lengths.cpu(), budget), no_rows):
+        part = sequences.part(rows).to(module.device)
         comparison = compare_with_reference(module.roles, part, module.sampling.temperature)
+        if not counts:
+            continue
         exact[rows] = row_sums(comparison.exact_kl, part.mask).double().cpu()
         k1[rows] = row_sums(comparison.logratio, part.mask).double().cpu()
     return exact.numpy(), k1.numpy()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.algorithms.reward_model import RewardModel
@@ -14,21 +14,24 @@ from rlhf_lit.models.heads import reward_bias
 from rlhf_lit.models.loading import unwrapped
 
 
-def save_hf(module: Algorithm, folder: Path) -> None:
+def save_hf(module: Algorithm, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write the trained model and its tokenizer to ``folder``.
 
     A policy is saved as a causal language model, a reward model as a sequence classifier with one label; with LoRA, the
     adapter alone, which names its base. A reward model's folder also holds ``reward.json``: the constant that this
     package adds to the classifier's logit (transformers' own ``score`` layer has none).
+
+    Args:
+        module: with its models built.
+        folder: where to.
+        weights: of a sharded model, gathered (``models.sharding.whole_weights``).
     """
-    if isinstance(module, RewardModel):
-        write_model(module.scorer, module.tokenizer, folder, scorer=True)
-    else:
-        policy: Any = module.roles.policy  # type: ignore[union-attr]
-        write_model(policy, module.tokenizer, folder, scorer=False)
+    write_model(module.trained_model, module.tokenizer, folder, isinstance(module, RewardModel), weights)
 
 
-def write_model(model: nn.Module, tokenizer: Any, folder: Path, scorer: bool) -> None:
+def write_model(
+    model: nn.Module, tokenizer: Any, folder: Path, scorer: bool, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write a model, or its adapter where it has one, and its tokenizer.
 
     Args:
@@ -36,6 +39,7 @@ def write_model(model: nn.Module, tokenizer: Any, folder: Path, scorer: bool) ->
         tokenizer: a reward model's gets a pad token that is not EOS.
         folder: where to.
         scorer: a sequence classifier, whose folder gets ``reward.json``.
+        weights: to be written in place of the model's own.
     """
     if scorer:
         inner = unwrapped(model)
@@ -43,25 +47,25 @@ def write_model(model: nn.Module, tokenizer: Any, folder: Path, scorer: bool) ->
         pad = _pad_token(tokenizer)
         tokenizer.pad_token = pad
         inner.config.pad_token_id = tokenizer.convert_tokens_to_ids(pad)
-        _save(model, folder, "default")
+        _save(model, folder, "default", weights)
         (folder / "reward.json").write_text(
             json.dumps({"bias": reward_bias(inner), "pad_token_id": inner.config.pad_token_id}) + "\n"
         )
     else:
-        _save(model, folder, "default")
+        _save(model, folder, "default", weights)
     tokenizer.save_pretrained(folder)
 
 
-def _save(model: Any, folder: Path, adapter: str) -> None:
+def _save(model: Any, folder: Path, adapter: str, weights: dict[str, Tensor] | None) -> None:
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
         # peft puts the name that the base was loaded by, which may be a path relative to where that was.
         model.peft_config[adapter].base_model_name_or_path = model.foundation.name
-        model.save_pretrained(folder, selected_adapters=[adapter])
+        model.save_pretrained(folder, selected_adapters=[adapter], state_dict=weights)
         model.foundation.save(folder)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
 
 
 def _pad_token(tokenizer: Any) -> str:

@@ -35,6 +35,7 @@ from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.comparison import Comparison, compare_with_reference
 from rlhf_lit.models.loading import stop_ids
+from rlhf_lit.models.sharding import is_sharded, reshard
 from rlhf_lit.preflight.check import VERDICTS, Check, show, tolerance_of
 from rlhf_lit.preflight.models import (
     absolute,
@@ -255,9 +256,13 @@ class Preflight(Callback):
         error = None
         with isolate_rng(), trainer.precision_plugin.forward_context(), torch.no_grad():
             try:
-                found.extend(checks(pl_module, data, trainer.global_rank, trainer.world_size))
+                # Where models are sharded, ranks must make the same passes: all look at the same rows.
+                sharded = is_sharded(pl_module)
+                place = (0, 1) if sharded else (trainer.global_rank, trainer.world_size)
+                found.extend(checks(pl_module, data, *place))
             except UserError as problem:  # on this rank; the others wait for its findings
                 error = str(problem)
+        reshard(pl_module)
         reports = _gathered((found, error), trainer.world_size)
         for _, line in reports:
             if line is not None:

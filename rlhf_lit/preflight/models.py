@@ -21,6 +21,7 @@ from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.loading import context_length, unwrapped
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.sharding import assign, gathered
 from rlhf_lit.preflight.check import Check, and_more, judge, tolerance_of
 
 EXTRA_COLUMNS = 8  # padding added to see whether it changes anything
@@ -258,12 +259,12 @@ def _lever(roles: Roles) -> nn.Parameter | None:
 
 @contextmanager
 def _moved(parameter: nn.Parameter) -> Iterator[None]:
-    before = parameter.detach().clone()
-    parameter.add_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).to(parameter))
+    before = gathered(parameter.detach()).clone()
+    assign(parameter, before + torch.linspace(-1, 1, before.numel()).view_as(before).to(before))
     try:
         yield
     finally:
-        parameter.copy_(before)
+        assign(parameter, before)
 
 
 def ratio_one(module: OnPolicy, sequences: Sequences, old: Tensor, budget: int) -> Check:

@@ -181,6 +181,7 @@ def _generate(
                 generation_config=_stop_at(stop_ids, sampling.max_new_tokens - done),
                 logits_processor=[noise],
                 stopping_criteria=[_HalfEnded(stop_ids)],
+                synced_gpus=False,  # sharded weights are whole by now: no rank waits for another
             )
             new = output.sequences[:, ids.shape[1] :]
             tokens[rows, done : done + new.shape[1]] = new
@@ -251,7 +252,9 @@ def _read_once(inner: Any, ids: Tensor, attention: Tensor) -> Any:
     if not (inner._supports_default_dynamic_cache() and attends_to_everything(inner)):
         return None
     settings = _stop_at((0,), 1)
-    output = inner.generate(different[:, :width], attention_mask=different[:, width:], generation_config=settings)
+    output = inner.generate(
+        different[:, :width], attention_mask=different[:, width:], generation_config=settings, synced_gpus=False
+    )
     cache = _filled(output)
     if cache is not None:
         cache.crop(-1)

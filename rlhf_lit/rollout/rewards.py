@@ -17,11 +17,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.batches import Sequences, cut_by_tokens
+from rlhf_lit.batches import Sequences, cut_by_tokens, no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer, unwrapped
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.sharding import passes
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
 
@@ -170,9 +171,11 @@ def score_sequences(model: nn.Module, sequences: Sequences, budget: int) -> Tens
 def _in_pieces(model: nn.Module, head: nn.Module, sequences: Sequences, budget: int) -> Tensor:
     """[rows] the head's scores, in micro-batches of at most ``budget`` padded tokens."""
     scores = torch.zeros(len(sequences), device=sequences.tokens.device)
-    for rows in cut_by_tokens(sequences.lengths, budget):
+    for rows, counts in passes(model, cut_by_tokens(sequences.lengths, budget), no_rows):
         rows = rows.to(scores.device)
-        scores[rows] = sequence_scores(model, head, sequences.select(rows)).to(scores.dtype)
+        found = sequence_scores(model, head, sequences.part(rows)).to(scores.dtype)
+        if counts:
+            scores[rows] = found
     return scores
 
 
@@ -201,6 +204,8 @@ class RewardFromFunction(RewardSource):
         rows: list[dict[str, Any]],
         budget: int,
     ) -> Tensor:
+        if not responses:  # of a rank that only keeps step with the others
+            return torch.zeros(0, device=sequences.tokens.device)
         try:
             scores = self.function(prompts, responses, rows)
         except UserError:
