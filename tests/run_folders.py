@@ -18,7 +18,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
     """Without the columns that measure this machine."""
-    return {k: v for k, v in row.items() if "per_s" not in k and not k.startswith("time/")}
+    return {k: v for k, v in row.items() if "per_s" not in k and k != "train/mfu" and not k.startswith("time/")}
 
 
 def final(run: Path) -> dict[str, Any]:

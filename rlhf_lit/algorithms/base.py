@@ -8,7 +8,7 @@ accumulation is exact by construction, and ``micro_batch_tokens`` changes no res
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Record, SupervisedBatch, UnpairedBatch
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.flops import Pass, flops
 from rlhf_lit.models.loading import Base, load_tokenizer
 from rlhf_lit.models.sharding import gathered, is_sharded, passes, shard
 from rlhf_lit.models.states import packs
@@ -157,6 +158,11 @@ class Algorithm(LightningModule):
         """The shares of one micro-batch; each is followed backwards before the next is asked for."""
         raise NotImplementedError
 
+    def model_passes(self, batch: Any) -> Iterable[Pass]:
+        """The passes that a step over a batch makes through models, for ``train/tflops_per_s``; where there are none
+        it is not logged."""
+        return ()
+
     def micro_batches(self, batch: Any) -> Iterator[Any]:
         """The pieces of a batch that go through the device at once."""
         yield from batch.micro_batches(self.packed)
@@ -267,7 +273,9 @@ class Algorithm(LightningModule):
         self.log_step(self._sum_metrics(totals), norm)
         scheduler.step()  # after what was logged, which is the rates this step was made with
         tokens = float(self.tokens_in(batch))
-        self.log("train/tokens_per_s", tokens / (time.perf_counter() - started), prog_bar=True)
+        seconds = time.perf_counter() - started
+        self.log("train/tokens_per_s", tokens / seconds, prog_bar=True)
+        self._log_flops(list(self.model_passes(batch)), seconds)
 
     def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:
         """Log a step's numbers; PPO has names of its own."""
@@ -281,6 +289,26 @@ class Algorithm(LightningModule):
             return int(batch.answers.lengths.sum())
         sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.sequences,)
         return sum(int(side.lengths.sum()) for side in sides)
+
+    def _log_flops(self, passes: list[Pass], seconds: float) -> None:
+        """This rank's rate, and its part of what the device could do. The count stays a tensor, not to wait for it."""
+        if not passes:
+            return
+        rate = flops(passes) / seconds
+        self.log("train/tflops_per_s", rate / 1e12)
+        if self._peak_flops:
+            self.log("train/mfu", rate / self._peak_flops)
+
+    @cached_property
+    def _peak_flops(self) -> int | None:
+        """Operations per second the device is made for, in the dtype of the matrix products; None where not known."""
+        from lightning.fabric.utilities.throughput import get_available_flops
+
+        quantization = self.base.quantization
+        dtype = quantization.compute_dtype if quantization else self.base.dtype
+        if self.trainer.precision == "bf16-mixed":
+            dtype = "bfloat16"
+        return get_available_flops(self.device, getattr(torch, dtype))
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Σ over ranks of a scalar; itself on one rank, and outside a trainer."""

@@ -19,6 +19,7 @@ from rlhf_lit.batches import PreferenceBatch, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import PairLogProbs, PreferenceLoss
 from rlhf_lit.losses.reductions import row_sums
+from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.states import pair_states
@@ -99,6 +100,10 @@ class DPO(OfflineAlgorithm):
                 loss = loss + self.sft_coefficient * sft
                 metrics["sft_loss"] = sft.detach()
             yield Share(loss, metrics)
+
+    def model_passes(self, batch: PreferenceBatch) -> list[Pass]:
+        sides = batch.sides()
+        return [self.roles.pass_of("policy", sides), *self.reference_passes(sides, batch.reference_chosen)]
 
     def value_at_start(self, batch: PreferenceBatch) -> float | None:
         """The batch's loss while policy = reference; None where that is not known."""

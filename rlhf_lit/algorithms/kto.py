@@ -19,6 +19,7 @@ from rlhf_lit.batches import Sequences, UnpairedBatch, cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import KTOLoss
 from rlhf_lit.losses.reductions import row_sums
+from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.sharding import passes
@@ -89,6 +90,15 @@ class KTO(OfflineAlgorithm):
             logratios = self._logratios(batch.sequences, batch.reference)
             losses = self.loss(logratios, batch.desirable, self.baseline)
             yield Share(losses.sum() / units["rows"], self._metrics(logratios.detach(), batch.desirable, units))
+
+    def model_passes(self, batch: UnpairedBatch) -> list[Pass]:
+        """The mismatched responses, which z is estimated from, ask for no gradient."""
+        return [
+            self.roles.pass_of("policy", batch.sequences),
+            self.roles.pass_of("policy", batch.mismatched, backward=False),
+            *self.reference_passes(batch.sequences, batch.reference),
+            *self.reference_passes(batch.mismatched, batch.reference_mismatched),
+        ]
 
     def value_at_start(self, batch: UnpairedBatch) -> float | None:
         """The batch's loss while policy = reference."""

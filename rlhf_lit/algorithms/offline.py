@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,13 +22,15 @@ from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.batches import PromptBatch, Record, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.reductions import row_sums
+from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.sharding import whole
-from rlhf_lit.reference_cache.identity import identify
-from rlhf_lit.reference_cache.store import ReferenceCache
 from rlhf_lit.rollout.engine import Sampling
+
+if TYPE_CHECKING:
+    from rlhf_lit.reference_cache.store import ReferenceCache
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,11 @@ class OfflineAlgorithm(WritingAlgorithm):
                 known = token_logprobs(model, sequences, states=states(model) if states else None)
         return row_sums(known, sequences.mask)
 
+    def reference_passes(self, sequences: Sequences, known: Tensor | None) -> list[Pass]:
+        """The pass that ``reference_sums`` makes, if it makes one."""
+        runs = self.compares and known is None
+        return [self.roles.pass_of("reference", sequences, backward=False)] if runs else []
+
     def with_reference(self, batch: Any, logprobs: Callable[[Sequences], Tensor]) -> Record:
         """A batch of the kind it learns from, with the reference's log-probs of its responses.
 
@@ -196,6 +203,9 @@ class OfflineAlgorithm(WritingAlgorithm):
         self._precompute()
 
     def _open_cache(self) -> ReferenceCache:
+        from rlhf_lit.reference_cache.identity import identify
+        from rlhf_lit.reference_cache.store import ReferenceCache  # with Arrow, which a wrong key need not wait for
+
         role = "reference" if self.roles.has_reference else "policy"  # they are the same model still
         with self.trainer.precision_plugin.forward_context(), self.roles.acting(role) as model:
             return ReferenceCache(self.reference.cache, identify(model))

@@ -25,6 +25,7 @@ from rlhf_lit.losses.kl import KLController, estimate_kl, fixed_point
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.losses.reductions import masked_sum, row_sums, token_weights
 from rlhf_lit.models.comparison import Comparison, compare_with_reference, exact_kl_to_reference
+from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_lit.models.roles import Roles
@@ -364,6 +365,13 @@ class OnPolicy(WritingAlgorithm):
                 exact = exact_kl_to_reference(self.roles, batch.sequences, self.sampling.temperature)
                 kl_loss = masked_sum(self._weights(batch, units, exact.dtype) * exact, batch.sequences.mask)
                 yield Share(batch.kl_coefficient * kl_loss, {"policy/kl_loss": kl_loss.detach()})
+
+    def model_passes(self, batch: ExperienceBatch) -> list[Pass]:
+        """Of the update alone; sampling and scoring have times of their own."""
+        found = [self.roles.pass_of("policy", batch.sequences)]
+        if self.kl.placement == "loss" and self.kl.estimator == "full":  # ``kl_shares``
+            found += [found[0], self.roles.pass_of("reference", batch.sequences, backward=False)]
+        return found
 
     def _weights(self, batch: ExperienceBatch, units: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """[rows, time] what each token counts in the policy's loss."""

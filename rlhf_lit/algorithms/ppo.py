@@ -24,6 +24,7 @@ from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, ClippedValueLoss
 from rlhf_lit.losses.reductions import masked_sum, moments, whiten
+from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
@@ -156,6 +157,13 @@ class PPO(OnPolicy):
             yield from super().shares(batch, units)
         with self.roles.acting("value") as model:
             yield self.value_share(model, batch, units)
+
+    def model_passes(self, batch: ExperienceBatch) -> list[Pass]:
+        """While the critic warms up it is alone; later a critic on the policy's trunk shares the policy's pass."""
+        policy = [] if self.warming_up else super().model_passes(batch)
+        if policy and self.critic.trunk:
+            return policy
+        return [*policy, self.roles.pass_of("value", batch.sequences, head=False)]
 
     def value_share(
         self, model: nn.Module, batch: ExperienceBatch, units: dict[str, Tensor], states: Tensor | None = None

@@ -25,6 +25,7 @@ from rlhf_lit.algorithms.base import Algorithm, Optimizer, Schedule, Share
 from rlhf_lit.batches import Comparisons, PreferenceBatch, RankedBatch, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss, list_shares
+from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, load_scorer, unwrapped
 from rlhf_lit.models.sharding import assign, gathered, is_sharded, reshard
@@ -153,6 +154,9 @@ class RewardModel(Algorithm):
             }
             metrics = {name: values.sum() / units[self.metric_units[name]] for name, values in sums.items()}
         yield Share(losses.sum() / units["prompts"], metrics)
+
+    def model_passes(self, batch: PreferenceBatch | RankedBatch) -> list[Pass]:
+        return [Pass(self.scorer, "default", batch.comparisons().answers, head=False)]
 
     def evaluate(self, batch: PreferenceBatch | RankedBatch, stage: str) -> None:
         self._evaluating = stage

@@ -15,6 +15,7 @@ from rlhf_lit.algorithms.writing import WritingAlgorithm
 from rlhf_lit.batches import SupervisedBatch
 from rlhf_lit.losses.reductions import masked_sum
 from rlhf_lit.losses.supervised import NLLLoss
+from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
@@ -64,6 +65,9 @@ class SFT(WritingAlgorithm):
             logprobs = token_logprobs(model, batch.sequences)
             loss = masked_sum(self.loss(logprobs), mask) / units["tokens"]
             yield Share(loss, {})
+
+    def model_passes(self, batch: SupervisedBatch) -> list[Pass]:
+        return [self.roles.pass_of("policy", batch.sequences)]
 
     def on_validation_epoch_end(self) -> None:
         self._log_perplexity("val")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.models.heads import reward_bias
-from rlhf_lit.models.loading import unwrapped
+from rlhf_lit.models.loading import is_wrapped, unwrapped
 
 
 def save_hf(module: Algorithm, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -57,9 +57,7 @@ def write_model(
 
 
 def _save(model: Any, folder: Path, adapter: str, weights: dict[str, Tensor] | None) -> None:
-    from peft import PeftModel
-
-    if isinstance(model, PeftModel):
+    if is_wrapped(model):
         # peft puts the name that the base was loaded by, which may be a path relative to where that was.
         model.peft_config[adapter].base_model_name_or_path = model.foundation.name
         model.save_pretrained(folder, selected_adapters=[adapter], state_dict=weights)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -184,11 +185,17 @@ def stored_bias(folder: str) -> float | None:
     return float(json.loads(file.read_text())["bias"]) if file.is_file() else None
 
 
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether a model stands in a PEFT wrapper. None does where peft was never imported, which takes longer than to
+    start a run without it."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
 def unwrapped(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself; adapters stay in force."""
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model
+    return inner.get_base_model() if is_wrapped(model) else inner
 
 
 def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:

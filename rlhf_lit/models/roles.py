@@ -19,10 +19,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
-from rlhf_lit.models.loading import Base, holds_adapter, load_causal_lm, load_scorer, stored_bias, unwrapped
+from rlhf_lit.models.loading import (
+    Base,
+    holds_adapter,
+    is_wrapped,
+    load_causal_lm,
+    load_scorer,
+    stored_bias,
+    unwrapped,
+)
 
 # "policy", "reference", "value", or what ``add_reward`` returns.
 Role = str
@@ -65,12 +75,10 @@ class Roles(nn.Module):
 
     def __init__(self, base: Base, reference: bool = False) -> None:
         super().__init__()
-        from peft import PeftModel
-
         policy = load_causal_lm(base)
         self.models = nn.ModuleDict({"policy": policy})
         self.heads = nn.ModuleDict()
-        self.shared = isinstance(policy, PeftModel)
+        self.shared = is_wrapped(policy)
         # The adapter that is in force for each role; None: all adapters off.
         self._adapters: dict[str, str | None] = {"policy": "default"}
         if reference:
@@ -220,6 +228,12 @@ class Roles(nn.Module):
         finally:
             for layer, (active, disabled) in zip(layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def pass_of(self, role: Role, sequences: Sequences, backward: bool = True, head: bool = True) -> Pass:
+        """What a pass of sequences through a role's model is counted by; arguments as of ``Pass``."""
+        shared = self.shared and role in self._adapters
+        model = self.models["policy" if shared or role not in self.models else role]
+        return Pass(model, self._adapters[role] if shared else None, sequences, backward, head)
 
     def without_dropout(self) -> None:
         """eval() everywhere, with gradient checkpointing still on (transformers ties it to training mode)."""

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.loading import is_wrapped
 
 Part = TypeVar("Part")
 
@@ -159,15 +160,13 @@ def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
         model: what is to be saved.
         keep: whether this rank wants them; the others get an empty dict.
     """
-    from peft import PeftModel
-
     if not is_sharded(model):
         return None
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # tied weights stay one
     for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(model, PeftModel) and name not in trained:
+        if is_wrapped(model) and name not in trained:
             continue
         if id(value) not in seen:
             part = gathered(value.detach())

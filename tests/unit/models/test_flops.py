@@ -1,0 +1,179 @@
+"""The analytic count of a step's operations, against PyTorch's own count of a real forward and backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlhf_lit.algorithms import DPO, KTO, SFT, RewardModel
+from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.offline import Reference
+from rlhf_lit.algorithms.ppo import Critic
+from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, SupervisedBatch, UnpairedBatch
+from rlhf_lit.losses.kl import FixedKL
+from rlhf_lit.losses.preference import DPOLoss, KTOLoss
+from rlhf_lit.models.flops import Pass, flops
+from rlhf_lit.models.loading import Base, LoRA, Quantization
+from tests.unit.tiny import EVERYTHING, Step, build, make_ppo, save_model, sequences
+
+ROWS, LENGTH, LAYERS, WIDTH = 4, 12, 2, 32
+RANK = 4
+TOLERANCE = 1e-4  # the rotary angles, which the counter counts and we do not
+ROW = (5, 3)  # with its special tokens 12 long: no padding, which the counter would count
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {kind: save_model(tmp_path_factory.mktemp(kind), kind) for kind in ("llama", "gpt2", "qwen2")}
+
+
+def counted(module: Algorithm, batch: Any) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        Step(module, batch)
+    return counter.get_total_flops()
+
+
+def second_half(forwards: int, backwards: int) -> int:
+    """What the counter sees of attention and we do not: the half of the context that causal order hides."""
+    return 2 * LAYERS * WIDTH * ROWS * LENGTH**2 * (forwards + 2 * backwards)
+
+
+def needless(rows: int) -> int:
+    """Gradients of the first layer's q, k and v, and of their adapters, for embeddings that are not trained."""
+    return 2 * rows * LENGTH * 3 * (WIDTH * WIDTH + RANK * WIDTH)
+
+
+def scalar_head(positions: int) -> int:
+    """Forwards and backwards, which is not worth counting in a run."""
+    return 6 * positions * WIDTH
+
+
+def rows(seed: int = 0) -> Any:
+    found = sequences([ROW] * ROWS, seed)
+    assert found.lengths.tolist() == [LENGTH] * ROWS
+    return found
+
+
+def pairs() -> PreferenceBatch:
+    return PreferenceBatch(rows(), rows(1), torch.zeros(ROWS), EVERYTHING)
+
+
+def of(module: Algorithm, batch: Any) -> float:
+    return float(flops(module.model_passes(batch)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_sft(folders: dict[str, str], kind: str) -> None:
+    module, batch = build(SFT(Base(folders[kind]))), SupervisedBatch(rows(), EVERYTHING)
+    assert of(module, batch) + second_half(1, 1) == pytest.approx(counted(module, batch), rel=TOLERANCE)
+
+
+def test_sft_through_a_frozen_base(folders: dict[str, str]) -> None:
+    module = build(SFT(Base(folders["llama"], lora=LoRA(rank=RANK))))
+    batch = SupervisedBatch(rows(), EVERYTHING)
+    expected = of(module, batch) + second_half(1, 1) - needless(ROWS)
+    assert expected == pytest.approx(counted(module, batch), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=RANK)])
+def test_dpo_with_its_reference(folders: dict[str, str], lora: LoRA | None) -> None:
+    module = build(DPO(Base(folders["llama"], lora=lora), DPOLoss(0.1), share_prompts=False))
+    expected = of(module, pairs()) + second_half(4, 2) - (needless(2 * ROWS) if lora else 0)
+    assert expected == pytest.approx(counted(module, pairs()), rel=TOLERANCE)
+
+
+def test_a_reference_that_is_known_or_not_read_costs_nothing(folders: dict[str, str]) -> None:
+    base, zeros = Base(folders["llama"]), torch.zeros(ROWS, LENGTH)
+    module = build(DPO(base, DPOLoss(0.1)))
+    known = PreferenceBatch(rows(), rows(1), torch.zeros(ROWS), EVERYTHING, zeros, zeros)
+    free = build(DPO(base, DPOLoss(0.1), Reference(free=True)))
+    assert of(module, known) == of(free, pairs()) == pytest.approx(of(module, pairs()) * 3 / 4)
+
+
+def test_kto_with_its_mismatched_responses(folders: dict[str, str]) -> None:
+    module = build(KTO(Base(folders["llama"]), KTOLoss(0.1)))
+    batch = UnpairedBatch(rows(), rows(1), torch.tensor([True, False] * (ROWS // 2)), EVERYTHING)
+    assert of(module, batch) + second_half(4, 1) == pytest.approx(counted(module, batch), rel=TOLERANCE)
+
+
+def test_a_reward_model(folders: dict[str, str]) -> None:
+    module = build(RewardModel(Base(folders["llama"]), share_prompts=False))
+    expected = of(module, pairs()) + second_half(2, 2) + scalar_head(2 * ROWS)
+    assert expected == pytest.approx(counted(module, pairs()), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "forwards", "backwards"),
+    [
+        ({}, 2, 2),
+        ({"critic": Critic(init="policy", trunk=True)}, 1, 1),
+        ({"kl": FixedKL(0.2, estimator="full", placement="loss")}, 4, 3),
+    ],
+)
+def test_ppo(folders: dict[str, str], settings: dict[str, Any], forwards: int, backwards: int) -> None:
+    module = make_ppo(Base(folders["llama"]), **settings)
+    zeros = torch.zeros(ROWS, LENGTH)
+    batch = ExperienceBatch(rows(), *[zeros] * 6, kl_coefficient=0.2, micro_batch_tokens=EVERYTHING)
+    expected = of(module, batch) + second_half(forwards, backwards) + scalar_head(ROWS * (LENGTH - 1))
+    assert expected == pytest.approx(counted(module, batch), rel=TOLERANCE)
+
+
+def test_neither_padding_nor_recomputation_nor_sharing_counts(folders: dict[str, str]) -> None:
+    plain, again = (
+        build(SFT(Base(folders["llama"], gradient_checkpointing=checkpointing))) for checkpointing in (False, True)
+    )
+    batch = SupervisedBatch(rows(), EVERYTHING)
+    assert of(again, batch) == of(plain, batch)
+    assert counted(again, batch) > 1.2 * counted(plain, batch)
+    ragged = sequences([ROW, (5, 40)])
+    each = [SupervisedBatch(ragged.select(torch.tensor([i])), EVERYTHING) for i in range(2)]
+    assert of(plain, SupervisedBatch(ragged, EVERYTHING)) == pytest.approx(sum(of(plain, one) for one in each))
+    apart, shared = (build(DPO(Base(folders["llama"]), DPOLoss(0.1), share_prompts=share)) for share in (False, True))
+    assert of(apart, pairs()) == of(shared, pairs())
+
+
+def test_of_experts_those_that_a_token_is_sent_to(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 4, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", vocab_size=40, **sizes, **experts))
+    one = rows().select(torch.tensor([0]))
+    body = 4 * 32 * 32 + 4 * 32 + 2 * 3 * 32 * 16  # attention, router, two experts of three matrices
+    attention = 4 * 32 * LENGTH**2 // 2
+    head = 2 * 32 * 40 * int(one.mask.sum())
+    assert float(flops([Pass(model, None, one, backward=False)])) == 2 * body * LENGTH + attention + head
+
+
+@pytest.mark.parametrize(
+    ("precision", "base", "dtype"),
+    [
+        ("32-true", {}, torch.float32),
+        ("bf16-mixed", {}, torch.bfloat16),
+        ("32-true", {"dtype": "bfloat16"}, torch.bfloat16),
+        ("32-true", {"lora": LoRA(), "quantization": Quantization(compute_dtype="float16")}, torch.float16),
+    ],
+)
+def test_utilisation_is_of_the_peak_in_the_dtype_of_the_products(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, precision: Any, base: dict[str, Any], dtype: torch.dtype
+) -> None:
+    peaks = {dtype: 4_000_000}
+    monkeypatch.setattr(
+        "lightning.fabric.utilities.throughput.get_available_flops", lambda device, dtype: peaks.get(dtype)
+    )
+    model = build(SFT(Base(folders["llama"])))
+    module = SFT(Base(folders["llama"], **base))
+    trainer = Trainer(accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False)
+    module.trainer = trainer
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(module, "log", lambda name, value: logged.update({name: float(value)}))
+    passes = list(model.model_passes(SupervisedBatch(rows(), EVERYTHING)))
+    module._log_flops(passes, seconds=2.0)
+    total = float(flops(passes))
+    assert logged == pytest.approx({"train/tflops_per_s": total / 2e12, "train/mfu": total / 2 / 4_000_000})
