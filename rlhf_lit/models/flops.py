@@ -6,7 +6,8 @@ costs the same again for the gradient of the activations, and once more for that
 for a whole model, 4N for a frozen one under adapters, and 6 for each weight of the adapters. (Kaplan et al. 2020, arXiv
 2001.08361, §2.1; Chowdhery et al. 2022, "PaLM", arXiv 2204.02311, appendix B.)
 
-The LM head counts at the positions where a log-prob is needed, embeddings and scalar heads not at all. Nothing counts
+The LM head counts at the positions where a log-prob is needed, embeddings and scalar heads not at all. Of a model whose
+tokens mix in another way than by attention (a state-space model), the matrices alone count. Nothing counts
 that another machine would spare: padding, what gradient checkpointing computes again. A prompt that a pair shares
 counts for both of its sides, computed twice or not.
 """
@@ -95,7 +96,9 @@ def _weights(model: nn.Module, adapter: str | None) -> tuple[Weights, Weights, i
 
 
 def _attention_width(config: Any) -> int:
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 

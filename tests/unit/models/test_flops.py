@@ -151,6 +151,19 @@ def test_of_experts_those_that_a_token_is_sent_to(tmp_path: Path) -> None:
     assert float(flops([Pass(model, None, one, backward=False)])) == 2 * body * LENGTH + attention + head
 
 
+def test_of_a_model_without_attention_the_matrices() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2, "conv_kernel": 4}
+    model = MambaForCausalLM(MambaConfig(vocab_size=40, **sizes))
+    one = rows().select(torch.tensor([0]))
+    inner = 2 * 32
+    body = 32 * 2 * inner + inner * 4 + inner * 4  # in, convolution, A
+    body += inner * (2 + 2 * 4) + 2 * inner + inner * 32  # x, Δ, out
+    head = 2 * 32 * 40 * int(one.mask.sum())
+    assert float(flops([Pass(model, None, one, backward=False)])) == 2 * body * LENGTH + head
+
+
 @pytest.mark.parametrize(
     ("precision", "base", "dtype"),
     [
