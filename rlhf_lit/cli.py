@@ -249,12 +249,17 @@ class RunCLI(LightningCLI):
                 raise UserError(_one_line(error)) from error
             raise
         except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            from torch._dynamo.exc import BackendCompilerFailed
+
             if is_lost_connection(error):
                 line = f"another rank ended or did not answer: {_one_line(error)}{self._way_on()}"
                 print(f"error: {line}", file=sys.stderr)
                 raise SystemExit(RANK_LOST) from error
             if is_out_of_memory(error):
                 raise UserError(out_of_memory(phase_of(error), self.config[subcommand])) from error
+            if isinstance(error, BackendCompilerFailed):
+                line = "torch.compile could not compile the layers; without base.compile they run as they are"
+                raise UserError(f"base.compile: {line} ({str(error).splitlines()[0]})") from error
             if self.config[subcommand].ckpt_path and _while_restoring(error):
                 path = self.config[subcommand].ckpt_path
                 raise UserError(f"--ckpt_path {path}: not a checkpoint of this model ({_one_line(error)})") from error

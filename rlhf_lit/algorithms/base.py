@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Record, SupervisedBatch, UnpairedBatch
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.compilation import compile_layers
 from rlhf_lit.models.flops import Pass, flops
 from rlhf_lit.models.loading import Base, load_tokenizer
 from rlhf_lit.models.sharding import gathered, is_sharded, passes, shard
@@ -201,6 +202,8 @@ class Algorithm(LightningModule):
         if not self._built:
             self.build()
             self._check_vocabulary()
+            if self.base.compile:
+                compile_layers(self)
             if self._device_mesh is not None:
                 shard(self, self._device_mesh["data_parallel"])
             self._built = True

@@ -71,6 +71,8 @@ class Base:
         dtype: of the base weights. Adapters and heads are float32.
         attention: transformers' attention implementation; null lets transformers choose.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        compile: torch.compile the decoder layers of all models of the run, for training and scoring; sampling, whose
+            cache grows token by token, stays as it is. The first steps take some tens of seconds more.
         lora: train low-rank adapters instead of all weights.
         quantization: load the base weights in 4 bits (needs `lora`, or an adapter folder). Where `name` is an adapter
             folder, null is what the adapter was trained on.
@@ -84,6 +86,7 @@ class Base:
     dtype: Dtype = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
     lora: LoRA | None = None
     quantization: Quantization | None = None
     fresh: bool = False
@@ -196,6 +199,12 @@ def unwrapped(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself; adapters stay in force."""
     inner: Any = model
     return inner.get_base_model() if is_wrapped(model) else inner
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a transformers model that its kind names as units."""
+    kinds = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:

@@ -119,7 +119,8 @@ def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments
 
 @cache
 def register() -> None:
-    """Make it transformers' ``sdpa``."""
+    """Make it transformers' ``sdpa``. It stays out of the graphs of compiled layers, which would be compiled anew for
+    each batch's segments."""
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register("sdpa", attention)
+    AttentionInterface.register("sdpa", torch.compiler.disable(attention, reason="segments differ from batch to batch"))

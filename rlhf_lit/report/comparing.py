@@ -43,6 +43,7 @@ MACHINE = (
     "trainer.model_registry",
     "model.base.attention",
     "model.base.gradient_checkpointing",
+    "model.base.compile",
     "model.sampling.rows_at_once",
     "model.share_prompts",
     "model.reference.precompute",

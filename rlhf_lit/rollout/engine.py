@@ -169,7 +169,8 @@ def _generate(
     tokens = ids.new_full((len(ids), sampling.max_new_tokens), stop_ids[0])
     logprobs = torch.zeros(tokens.shape, device=ids.device)
     noise, done = _KeyedNoise(keys, sampling, width), 0
-    with torch.no_grad(), _generating(unwrapped(model)) as inner:
+    # Compiled layers would be compiled for each layer's place in the cache, and again as the cache grows.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _generating(unwrapped(model)) as inner:
         cache = _read_once(inner, ids, attention)
         while True:
             noise.keys = None if keys is None else keys[rows.to(keys.device)]

@@ -2,7 +2,8 @@
 
 Settings: `plain`; of PPO also `trunk`, whose critic is a head on the policy's own hidden states; of DPO also `cached`,
 whose reference log-probs were computed by an earlier run; of DPO and reward models also `unshared`, which compute the
-prompt of a pair for each side; of `generate` also `samples`, eight to each prompt.
+prompt of a pair for each side; of `generate` also `samples`, eight to each prompt. `compiled` is `plain` with the decoder
+layers compiled.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def rows_of(sequences: Sequences) -> list[dict[str, Any]]:
 
 def algorithm(workload: Workload, setting: str) -> Algorithm:
     """With AdamW, gradients clipped at 1 and a constant rate, which are the peer's settings too."""
-    base = Base(name=workload.model)
+    base = Base(name=workload.model, compile=setting == "compiled")
     if workload.qlora:
         adapters = {"lora": LoRA(), "quantization": Quantization(), "gradient_checkpointing": True}
         base = replace(base, dtype=workload.dtype, **adapters)
@@ -166,7 +167,7 @@ def algorithm(workload: Workload, setting: str) -> Algorithm:
                 base,
                 reward=RewardFromModel(workload.reward),
                 kl=FixedKL(beta=KL_COEFFICIENT),
-                critic=CRITICS[setting],
+                critic=CRITICS["trunk" if setting == "trunk" else "plain"],
                 sampling=Sampling(max_new_tokens=NEW_TOKENS),
                 learning_rate=rate,
                 schedule=schedule,
