@@ -14,12 +14,14 @@ from processes import Run
 from run_folders import final, metrics, save_small_model, timeless
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-STEPS, HALF = 10, 4
+STEPS, HALF = 10, 5
 # A reward model, the policy that learns from it, and what learns from files; a score is asked for before PPO begins.
 NAMES = ("sft", "reward", "dpo", "ppo", "kto", "grpo")
 LORA = {"lora": {"rank": 4}}
-WAYS = {"one": ("--trainer.devices=1",)} | {
-    strategy: (f"--trainer.strategy={strategy}", "--trainer.devices=2") for strategy in ("ddp", "fsdp2")
+WAYS = {"one": (1, ())} | {
+    f"{strategy}{'' if ranks == 2 else f'_{ranks}'}": (ranks, (f"--trainer.strategy={strategy}",))
+    for strategy in ("ddp", "fsdp2")
+    for ranks in (2, 4)
 }
 
 
@@ -28,7 +30,7 @@ def config(folder: Path, name: str, lora: bool) -> dict[str, Any]:
     scorer = str(folder / "one" / ("reward_lora" if lora else "reward") / "version_0")
     model: dict[str, Any] = {
         "base": {"name": str(folder / "model"), **(LORA if lora else {})},
-        "learning_rate": 1e-2 if lora else 2e-3,
+        "learning_rate": 2e-3 if not lora else 5e-3 if name == "ppo" else 1e-2,
         # Adam divides by the gradient's own size: rounding in one that is nearly 0 would become a step.
         "optimizer": {"eps": 1e-2},
         "schedule": {"name": "constant"},
@@ -50,8 +52,8 @@ def config(folder: Path, name: str, lora: bool) -> dict[str, Any]:
     if name == "kto":
         model |= {"loss": {"beta": 0.5}, "reference": {"precompute": True, "cache": str(folder / "cache")}}
     if name in ("ppo", "grpo"):
-        # Of the 3 prompts one rank answers 4 times, the other twice; a minibatch of 2 leaves now and then one without.
-        options = {"rollout_size": 3, "samples_per_prompt": 2, "batch_size": 2, "ppo_epochs": 2,
+        # Neither the 5 prompts nor the minibatches of 5 divide by the ranks.
+        options = {"rollout_size": 5, "samples_per_prompt": 2, "batch_size": 5, "ppo_epochs": 2,
                    "micro_batch_tokens": 64}  # fmt: skip
         model |= {
             "reward": {"class_path": "RewardFromModel", "init_args": {"path": scorer}},
@@ -99,8 +101,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(folder: Path, name: str, way: str, *options: str, runs: str | None = None) -> Run:
-    argv = ("fit", "--config", f"{name}.yaml", f"--runs={runs or way}", *WAYS[way], *options)
-    run = Run(*argv, folder=folder, ranks=1 if way == "one" else 2)
+    ranks, chosen = WAYS[way]
+    argv = ("fit", "--config", f"{name}.yaml", f"--runs={runs or way}", f"--trainer.devices={ranks}")
+    run = Run(*argv, *chosen, *options, folder=folder, ranks=ranks)
     run.wait()
     return run
 
@@ -158,25 +161,42 @@ def moved(run: Path) -> float:
     return max(abs(b - a) for a, b in pairwise(losses))
 
 
-# Not GRPO with adapters: its first steps are so far that they blow rounding up to 1e-3, under DDP as under FSDP2.
-@pytest.mark.parametrize(
-    ("name", "lora"), [(name, lora) for name in NAMES for lora in (False, True) if (name, lora) != ("grpo", True)]
-)
-def test_two_ranks_make_the_steps_of_one(place, name, lora):
-    full = f"{name}_lora" if lora else name
-    one = alone(place, full)
+def assert_way_is_that_of_one(folder: Path, name: str, way: str) -> None:
+    """The same run, weights and model folder as of one process."""
+    one, several = alone(folder, name), run_of(folder, way, name)
     assert moved(one) > 1e-3, "the steps are large enough to tell"
-    for way in ("ddp", "fsdp2") if name in NAMES[:4] else ("fsdp2",):
-        fit(place, full, way)
-        two = run_of(place, way, full)
-        assert not (two.parent / "version_1").exists(), "one run, one folder"
-        assert_same_run(one, two)
-        first, second = exported(one), exported(two)
-        assert first.keys() == second.keys()
-        for key, value in first.items():
-            assert torch.allclose(value, second[key], rtol=0, atol=1e-5), key
-        configs = [json.loads(next((run / "hf").glob("*config.json")).read_text()) for run in (one, two)]
-        assert configs[0] == configs[1]
+    fit(folder, name, way)
+    assert not (several.parent / "version_1").exists(), "one run, one folder"
+    assert_same_run(one, several)
+    first, second = exported(one), exported(several)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.allclose(value, second[key], rtol=0, atol=1e-5), key
+    configs = [json.loads(next((run / "hf").glob("*config.json")).read_text()) for run in (one, several)]
+    assert configs[0] == configs[1]
+
+
+# Not GRPO with adapters: its first steps are so far that they blow rounding up to 1e-3, under DDP as under FSDP2.
+KINDS = [name for name in (*NAMES, *(f"{name}_lora" for name in NAMES)) if name != "grpo_lora"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_ranks_make_the_steps_of_one(place, name):
+    for way in ("ddp", "fsdp2") if name.removesuffix("_lora") in NAMES[:4] else ("fsdp2",):
+        assert_way_is_that_of_one(place, name, way)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=() if (name, way) == ("ppo", "fsdp2_4") else pytest.mark.soak)
+        for name in KINDS
+        for way in ("ddp_4", "fsdp2_4")
+    ],
+)
+def test_four_ranks_do_too(place, name, way):
+    """A rank has a row of each batch, or none."""
+    assert_way_is_that_of_one(place, name, way)
 
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp2", "one"), ("one", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")])

@@ -2,8 +2,8 @@
 
 Settings: `plain`; of PPO also `trunk`, whose critic is a head on the policy's own hidden states; of DPO also `cached`,
 whose reference log-probs were computed by an earlier run; of DPO and reward models also `unshared`, which compute the
-prompt of a pair for each side; of `generate` also `samples`, eight to each prompt. `compiled` is `plain` with the decoder
-layers compiled.
+prompt of a pair for each side; of `generate` also `samples`, eight to each prompt. `compiled` is `plain` with compiled
+decoder layers.
 """
 
 from __future__ import annotations
