@@ -18,6 +18,7 @@ from rlhf_lit.batches import PromptBatch, Sequences
 from rlhf_lit.losses.advantages import group_relative
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
+from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.loading import Base
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
@@ -71,7 +72,7 @@ class GRPO(OnPolicy):
     def rescales_advantages(self) -> bool:
         return self.scale_advantages
 
-    def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor) -> Estimate:
+    def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor, comparison: Comparison) -> Estimate:
         """A_i = (R_i − μ)/(σ + 1e-4) on every token of response i, R = Σ_t r_t."""
         total = rewards.sum(-1)
         advantages, baseline = group_relative(total, prompts.index, self.scale_advantages)

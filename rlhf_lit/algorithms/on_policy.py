@@ -173,13 +173,14 @@ class OnPolicy(WritingAlgorithm):
 
     # Experience
 
-    def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor) -> Estimate:
+    def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor, comparison: Comparison) -> Estimate:
         """Advantages of a rollout's actions.
 
         Args:
             prompts: what was answered; equal ``index`` means the same prompt.
             sequences: prompt + response.
             rewards: [rows, time] r_t of each action, 0 off the mask.
+            comparison: of policy and reference on the sequences.
         """
         raise NotImplementedError
 
@@ -213,7 +214,7 @@ class OnPolicy(WritingAlgorithm):
         scores = self._scores(prompts, samples, texts)
         penalty = self._penalty(comparison)
         rewards = self._token_rewards(scores.shaped, penalty, mask)
-        estimate = self.estimate(prompts, sequences, rewards)
+        estimate = self.estimate(prompts, sequences, rewards, comparison)
         experience = ExperienceBatch(
             sequences,
             samples.sampled_logprobs,
@@ -237,7 +238,7 @@ class OnPolicy(WritingAlgorithm):
 
     def _score_pass(self, sequences: Sequences, budget: int) -> Comparison:
         """Policy and reference on the sampled responses, in micro-batches. [rows, time] each."""
-        comparison = Comparison.empty(sequences)
+        comparison = Comparison.empty(sequences, self.roles.value_on_trunk)
         groups = cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * budget, self.packed)
         for rows, counts in passes(self.roles, groups, no_rows):
             rows = rows.to(sequences.tokens.device)

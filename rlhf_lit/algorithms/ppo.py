@@ -24,6 +24,7 @@ from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, ClippedValueLoss
 from rlhf_lit.losses.reductions import masked_sum, moments, whiten
+from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
@@ -109,22 +110,28 @@ class PPO(OnPolicy):
         if not self.warming_up:
             super().move_beta(kl, rows)
 
-    def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor) -> Estimate:
+    def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor, comparison: Comparison) -> Estimate:
         """Generalised advantages over the critic's values."""
-        mask, values = sequences.mask, torch.zeros_like(rewards)
-        groups = cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * prompts.micro_batch_tokens, self.packed)
-        for rows, counts in passes(self.roles, groups, no_rows):
-            rows = rows.to(values.device)
-            part = sequences.part(rows)
-            with self.roles.acting("value") as model:
-                found = token_values(model, self.roles.heads["value"], part).to(values.dtype)
-            if counts:
-                values[rows, : part.tokens.shape[1]] = found
+        mask, values = sequences.mask, comparison.values
+        if values is None:
+            values = self._values(sequences, SCORING_BUDGET * prompts.micro_batch_tokens).to(rewards.dtype)
         advantages, returns = generalised_advantages(rewards, values, mask, self.gamma, self.lam)
         explained = self._explained_variance(values, returns, mask)
         if self.whiten_advantages:
             advantages = whiten(advantages, mask, *map(self.sum_over_ranks, moments(advantages, mask)))
         return Estimate(values, advantages, returns, {"value/explained_variance": explained})
+
+    def _values(self, sequences: Sequences, budget: int) -> Tensor:
+        """[rows, time] of a critic with a pass of its own, in micro-batches of ``budget`` tokens."""
+        values = torch.zeros(sequences.tokens.shape, device=sequences.tokens.device)
+        for rows, counts in passes(self.roles, cut_by_tokens(sequences.lengths.cpu(), budget, self.packed), no_rows):
+            rows = rows.to(values.device)
+            part = sequences.part(rows)
+            with self.roles.acting("value") as model:
+                found = token_values(model, self.roles.heads["value"], part)
+            if counts:
+                values[rows, : part.tokens.shape[1]] = found.to(values.dtype)
+        return values
 
     def _explained_variance(self, values: Tensor, returns: Tensor, mask: Tensor) -> float:
         """1 − Var(R − V)/Var(R) over the rollout's tokens on all ranks."""

@@ -18,6 +18,7 @@ from rlhf_lit.batches import PromptBatch, Sequences
 from rlhf_lit.losses.advantages import leave_one_out
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
+from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.loading import Base
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
@@ -64,7 +65,7 @@ class RLOO(OnPolicy):
             base, reward, kl, sampling, shaping, policy_loss, max_update_kl, learning_rate, optimizer, schedule, vllm
         )
 
-    def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor) -> Estimate:
+    def estimate(self, prompts: PromptBatch, sequences: Sequences, rewards: Tensor, comparison: Comparison) -> Estimate:
         """A_i = R_i − mean_{j≠i} R_j on every token of response i, R = Σ_t r_t."""
         total = rewards.sum(-1)
         advantages, baseline = leave_one_out(total, prompts.index)

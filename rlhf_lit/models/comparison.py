@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.losses.kl import exact_kl
+from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.logprobs import chunks, logits, predicting_states, scatter, tempered
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.states import sequence_states
 
 
 @dataclass
@@ -22,24 +24,27 @@ class Comparison:
         policy, reference: log-probs of the tokens under each.
         exact_kl: Σ_v π(v)·(log π(v) − log π₀(v)) of the distribution each token was drawn from.
         entropy: −Σ_v π(v)·log π(v) of the same.
+        values: the critic's, where it stands on the policy's hidden states, which are at hand here; else None.
     """
 
     policy: Tensor
     reference: Tensor
     exact_kl: Tensor
     entropy: Tensor
+    values: Tensor | None = None
 
     @classmethod
-    def empty(cls, sequences: Sequences) -> Comparison:
-        """Zeros to be filled with ``put``."""
+    def empty(cls, sequences: Sequences, values: bool = False) -> Comparison:
+        """Zeros to be filled with ``put``; with the critic's values or without."""
         shape, device = sequences.tokens.shape, sequences.tokens.device
-        return cls(*(torch.zeros(shape, device=device) for _ in range(4)))
+        return cls(*(torch.zeros(shape, device=device) for _ in range(5 if values else 4)))
 
     def put(self, rows: Tensor, part: Comparison) -> None:
         """Fill the given rows with those of a narrower comparison."""
         width = part.policy.shape[1]
-        for name in ("policy", "reference", "exact_kl", "entropy"):
-            getattr(self, name)[rows, :width] = getattr(part, name).to(getattr(self, name).dtype)
+        for field in fields(self):
+            if (whole := getattr(self, field.name)) is not None:
+                whole[rows, :width] = getattr(part, field.name).to(whole.dtype)
 
     @property
     def logratio(self) -> Tensor:
@@ -86,7 +91,10 @@ def compare_with_reference(roles: Roles, sequences: Sequences, temperature: floa
         temperature: T, divides the logits of both.
     """
     with roles.acting("policy") as model:
-        policy_states, targets = predicting_states(model, sequences)
+        states = sequence_states(model, sequences)
+        policy_states, targets = predicting_states(model, sequences, states)
+        values = token_values(model, roles.heads["value"], sequences, states) if roles.value_on_trunk else None
+    del states
     with roles.acting("reference") as model:
         reference_states, _ = predicting_states(model, sequences)
     columns: list[list[Tensor]] = [[], [], [], []]
@@ -99,13 +107,16 @@ def compare_with_reference(roles: Roles, sequences: Sequences, temperature: floa
         # log softmax as logit − logsumexp, the very arithmetic of the update, so that the first ratio is exactly 1.
         policy = policy_logits - policy_logits.logsumexp(-1, keepdim=True)
         reference = reference_logits - reference_logits.logsumexp(-1, keepdim=True)
-        values = (
+        numbers = (
             policy.gather(-1, index).squeeze(-1),
             reference.gather(-1, index).squeeze(-1),
             exact_kl(policy, reference),
             -(policy.exp() * policy).sum(-1),
         )
-        for column, value in zip(columns, values, strict=True):
-            column.append(value)
+        for column, number in zip(columns, numbers, strict=True):
+            column.append(number)
     empty = policy_states.new_zeros(0, dtype=torch.float32)
-    return Comparison(*(scatter(torch.cat(column) if column else empty, sequences.mask) for column in columns))
+    logprobs, reference_logprobs, kl, entropy = (
+        scatter(torch.cat(column) if column else empty, sequences.mask) for column in columns
+    )
+    return Comparison(logprobs, reference_logprobs, kl, entropy, values)

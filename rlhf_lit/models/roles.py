@@ -187,6 +187,11 @@ class Roles(nn.Module):
             scorer = scorer.merge_and_unload()
         self.models["value"] = scorer.requires_grad_(True)
 
+    @property
+    def value_on_trunk(self) -> bool:
+        """Whether the critic is a head on the policy's hidden states."""
+        return "value" in self._adapters and self._adapters["value"] == self._adapters["policy"]
+
     def add_reward(self, base: Base) -> str:
         """A frozen reward role: a LoRA reward model's adapter and head on the policy's base.
 

@@ -15,6 +15,7 @@ from rlhf_lit.batches import ExperienceBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
+from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base, LoRA, unwrapped
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.rollout.engine import Sampling
@@ -312,16 +313,26 @@ def test_warming_up_moves_the_critic_alone(llama: str, tmp_path: Path, lora: LoR
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4)])
 @pytest.mark.parametrize("kl", [FixedKL(0.1), FixedKL(0.1, "full", "loss")])
 def test_a_critic_on_the_trunk_costs_no_pass_of_its_own(llama: str, lora: LoRA | None, kl: KLController) -> None:
-    """The update's one pass has the gradient of the policy's and the critic's passes together."""
+    """Its values come from the score pass; the update's one pass has the gradient of both passes together."""
     critic = Critic(init="policy", trunk=True)
     module = tiny.make_ppo(
         Base(name=llama, lora=lora), critic=critic, kl=kl, policy_loss=ClippedPolicyLoss(entropy_coefficient=0.01)
     )
     tiny.disturb(module, 0.05)
-    batch = module.rollout(tiny.prompts(6), 0)
-    tiny.disturb(module, 0.02, seed=9)
     passes: list[bool] = []
-    hook = unwrapped(module.roles.policy).model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+
+    def count(body: Any, arguments: Any, options: dict[str, Any], output: Any) -> None:
+        if not options["use_cache"]:  # as sampling does
+            passes.append(torch.is_grad_enabled())
+
+    hook = unwrapped(module.roles.policy).model.register_forward_hook(count, with_kwargs=True)
+    batch = module.rollout(tiny.prompts(6), 0)
+    assert passes == [False] * (1 if lora is None else 2), "the policy's, and the reference's on the same weights"
+    with torch.no_grad(), module.roles.acting("value") as model:
+        values = token_values(model, module.roles.heads["value"], batch.sequences)
+    torch.testing.assert_close(batch.values, values, rtol=0, atol=1e-5)
+    tiny.disturb(module, 0.02, seed=9)
+    passes.clear()
     together = tiny.Step(module, batch, cut=False)
     hook.remove()
     full = kl.estimator == "full"
