@@ -103,26 +103,24 @@ def _attention_width(config: Any) -> int:
 
 
 def _matrices(module: nn.Module, adapter: str | None, config: Any) -> Weights:
-    counts = [(_used(weight, config), weight.requires_grad) for weight in _multiplied(module, adapter)]
+    counts = [(_used(shape, config), trained) for shape, trained in _multiplied(module, adapter)]
     return Weights(sum(n for n, _ in counts), sum(n for n, trained in counts if trained))
 
 
-def _multiplied(module: nn.Module, adapter: str | None) -> Iterator[nn.Parameter]:
-    """The matrices of a module and of one adapter in it; no embeddings, which are looked up."""
+def _multiplied(module: nn.Module, adapter: str | None) -> Iterator[tuple[torch.Size, bool]]:
+    """The shapes of the matrices of a module and of one adapter in it, and whether they train; no embeddings, which
+    are looked up."""
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding) or (".lora_" in name and name.split(".")[-1] != adapter):
             continue
-        for weight in part.parameters(recurse=False):
-            if len(_shape(weight)) > 1:
-                yield weight
+        packed = getattr(part, "quant_state", None)  # 4-bit weights are stored as bytes
+        for kind, weight in part.named_parameters(recurse=False):
+            shape = torch.Size(packed.shape) if packed is not None and kind == "weight" else weight.shape
+            if len(shape) > 1:
+                yield shape, weight.requires_grad
 
 
-def _used(weight: nn.Parameter, config: Any) -> int:
+def _used(shape: torch.Size, config: Any) -> int:
     """How many numbers of a weight one token meets; of experts in one tensor those that it is sent to."""
-    shape = _shape(weight)
     experts = getattr(config, "num_experts_per_tok", None)
     return shape.numel() * experts // shape[0] if experts and len(shape) == 3 else shape.numel()
-
-
-def _shape(weight: nn.Parameter) -> torch.Size:
-    return torch.Size(getattr(weight, "quant_state", weight).shape)  # 4-bit weights are stored packed

@@ -21,8 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import is_wrapped
+from rlhf_lit.models.loading import decoder_layers, is_wrapped
 
 Part = TypeVar("Part")
 
@@ -35,19 +34,14 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     Args:
         module: with its models built, all on one device or on the CPU.
         mesh: of the ranks, one-dimensional.
-
-    Raises:
-        UserError: a model's weights are in 4 bits.
     """
     from transformers import PreTrainedModel
 
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     bodies = [getattr(model, model.base_model_prefix, None) for model in models]
-    if any(getattr(model, "is_quantized", False) for model in models):
-        raise UserError(
-            "base.quantization: 4-bit weights cannot be spread over ranks by fsdp2; with ddp each rank holds them all"
-        )
     for model in models:
+        if getattr(model, "is_quantized", False):
+            _as_plain_bytes(model, mesh)
         if not any(model is body for body in bodies):
             _shard_model(model, mesh)
     for part in list(module.modules()):
@@ -60,11 +54,23 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     assert not alone, f"in no shard group, so that nothing would add up its gradients: {alone[0]}"
 
 
-def _shard_model(model: Any, mesh: DeviceMesh) -> None:
-    kinds = set(model._no_split_modules or ())
+def _as_plain_bytes(model: nn.Module, mesh: DeviceMesh) -> None:
+    """4-bit weights as the bytes they are packed in, which can be cut in any place.
+
+    What was gathered is no ``Params4bit`` any more; bitsandbytes makes it one again, at each forward pass, with the
+    constants that its module keeps. Those stay whole on every rank.
+    """
+    from bitsandbytes.nn import Linear4bit
+
     for layer in model.modules():
-        if type(layer).__name__ in kinds:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        if isinstance(layer, Linear4bit) and not isinstance(layer.weight, DTensor):
+            layer.quant_state.to(mesh.device_type)
+            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+
+
+def _shard_model(model: Any, mesh: DeviceMesh) -> None:
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     if (score := getattr(model, "score", None)) is not None and any(True for _ in score.parameters()):
         fully_shard(score, mesh=mesh, reshard_after_forward=True)  # in float32, whatever the body is in
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
