@@ -15,6 +15,7 @@ A batch is what one optimizer step sees on this rank. ``micro_batches()`` cuts i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -79,6 +80,42 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | Non
     while cuts[-1]:
         cuts.append(begins[cuts[-1]])
     return [order[start:end] for start, end in pairwise(reversed(cuts))]
+
+
+def cut_responses(sequences: Sequences, budget: int, packed: bool = False) -> list[Tensor]:
+    """``cut_by_tokens`` for responses, of which several may answer one prompt.
+
+    Args:
+        sequences: prompt + response, the mask on the response.
+        budget: tokens per group; a single row longer than that forms a group of its own.
+        packed: rows stand behind one another, and a prompt that several of a group begin with is there once.
+
+    Returns:
+        Index tensors that partition ``range(rows)``; where prompts are shared, those of a prompt behind one another, in
+        the fewest groups and these as alike as can be.
+    """
+    lengths = sequences.lengths.cpu()
+    apart = cut_by_tokens(lengths, budget, packed)
+    leader, prompt = same_prompts(sequences)
+    if not packed or len(leader.unique()) == len(leader):
+        return apart
+    order = torch.argsort(leader, stable=True)
+    rows = list(zip(*(x[order].tolist() for x in (leader, prompt, lengths)), strict=True))
+
+    def ends(limit: int) -> list[int]:
+        """Where groups end that are filled one after the other."""
+        found, used, present = [], 0, -1
+        for place, (first, shared, length) in enumerate(rows):
+            cost = length - shared if first == present else length
+            if used and used + cost > limit:
+                found.append(place)
+                used, cost = 0, length
+            used, present = used + cost, first
+        return [*found, len(rows)]
+
+    fewest = len(ends(budget))
+    least = bisect_left(range(1, budget), True, key=lambda limit: len(ends(limit)) <= fewest) + 1
+    return list(order.tensor_split(ends(least)[:-1]))
 
 
 def no_rows() -> Tensor:
@@ -177,6 +214,25 @@ class Sequences(Record):
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+def same_prompts(sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Rows that begin with the same prompt, which is all before the first token whose log-prob counts.
+
+    Returns:
+        On the CPU, [rows] int64 each: the first row that has a row's prompt, and the prompt's tokens. A row without a
+        prompt has its own number, and 0.
+    """
+    tokens, mask = sequences.tokens.cpu(), sequences.mask.cpu()
+    rows, width = tokens.shape
+    alone = torch.arange(rows)
+    if not rows * width:
+        return alone, torch.zeros_like(alone)
+    prompt = mask.int().argmax(-1)
+    inside = torch.arange(width)[None] < prompt[:, None]
+    _, group = torch.unique(torch.where(inside, tokens, -1), dim=0, return_inverse=True)
+    first = torch.full_like(group, rows).scatter_reduce(0, group, alone, "amin")
+    return torch.where(prompt == 0, alone, first[group]), prompt
 
 
 def common_prefix(chosen: Sequences, rejected: Sequences) -> Tensor:
@@ -495,8 +551,9 @@ class ExperienceBatch(Record):
         return replace(self, sequences=Sequences.blank(self.values.device), **nothing)
 
     def micro_batches(self, packed: bool = False) -> Iterator[ExperienceBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens; padded ones, if not ``packed``."""
-        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
+        """Pieces of at most ``micro_batch_tokens`` tokens: padded and length-sorted, or ``packed`` with a prompt that
+        several responses answer there once."""
+        for rows in cut_responses(self.sequences, self.micro_batch_tokens, packed):
             yield self.select(rows)
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share, require_no_dropout
 from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
-from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_by_tokens, no_rows
+from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_responses, no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController, estimate_kl, fixed_point
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
@@ -30,6 +30,7 @@ from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.sharding import passes
+from rlhf_lit.models.states import response_states
 from rlhf_lit.randomness import reseed
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.record import RolloutRecord, Scores
@@ -239,7 +240,7 @@ class OnPolicy(WritingAlgorithm):
     def _score_pass(self, sequences: Sequences, budget: int) -> Comparison:
         """Policy and reference on the sampled responses, in micro-batches. [rows, time] each."""
         comparison = Comparison.empty(sequences, self.roles.value_on_trunk)
-        groups = cut_by_tokens(sequences.lengths.cpu(), SCORING_BUDGET * budget, self.packed)
+        groups = cut_responses(sequences, SCORING_BUDGET * budget, self.packed)
         for rows, counts in passes(self.roles, groups, no_rows):
             rows = rows.to(sequences.tokens.device)
             part = compare_with_reference(self.roles, sequences.part(rows), self.sampling.temperature)
@@ -332,6 +333,7 @@ class OnPolicy(WritingAlgorithm):
         """
         mask, bonus = batch.sequences.mask, self.policy_loss.entropy_coefficient
         temperature = self.sampling.temperature
+        states = response_states(model, batch.sequences) if states is None else states
         if bonus:
             logprobs, entropy = token_logprobs_and_entropy(model, batch.sequences, temperature, states)
         else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share
 from rlhf_lit.algorithms.on_policy import SCORING_BUDGET, Estimate, OnPolicy
-from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_by_tokens, no_rows
+from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_responses, no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import KLController
@@ -30,7 +30,7 @@ from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.models.sharding import passes
-from rlhf_lit.models.states import sequence_states
+from rlhf_lit.models.states import response_states
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.rollout.shaping import Shaping
@@ -124,11 +124,11 @@ class PPO(OnPolicy):
     def _values(self, sequences: Sequences, budget: int) -> Tensor:
         """[rows, time] of a critic with a pass of its own, in micro-batches of ``budget`` tokens."""
         values = torch.zeros(sequences.tokens.shape, device=sequences.tokens.device)
-        for rows, counts in passes(self.roles, cut_by_tokens(sequences.lengths.cpu(), budget, self.packed), no_rows):
+        for rows, counts in passes(self.roles, cut_responses(sequences, budget, self.packed), no_rows):
             rows = rows.to(values.device)
             part = sequences.part(rows)
             with self.roles.acting("value") as model:
-                found = token_values(model, self.roles.heads["value"], part)
+                found = token_values(model, self.roles.heads["value"], part, response_states(model, part))
             if counts:
                 values[rows, : part.tokens.shape[1]] = found.to(values.dtype)
         return values
@@ -154,7 +154,7 @@ class PPO(OnPolicy):
         if self.critic.trunk and not self.warming_up:
             # Both losses stand on the same hidden states: one pass forwards and one backwards do for the two.
             with self.roles.acting("policy") as model:
-                states = sequence_states(model, batch.sequences)
+                states = response_states(model, batch.sequences)
                 policy = self.policy_share(model, batch, units, states)
                 value = self.value_share(model, batch, units, states)
                 yield Share(policy.loss + value.loss, policy.metrics | value.metrics)
@@ -177,6 +177,7 @@ class PPO(OnPolicy):
     ) -> Share:
         """The critic's loss on a micro-batch; arguments as of ``policy_share``, of the critic."""
         mask, tokens = batch.sequences.mask, units["tokens"]
+        states = response_states(model, batch.sequences) if states is None else states
         values = token_values(model, self.roles.heads["value"], batch.sequences, states)
         losses, clipped = self.value_loss(values, batch.values, batch.returns)
         loss = masked_sum(losses, mask) / tokens

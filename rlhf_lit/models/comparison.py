@@ -13,7 +13,7 @@ from rlhf_lit.losses.kl import exact_kl
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.logprobs import chunks, logits, predicting_states, scatter, tempered
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.models.states import sequence_states
+from rlhf_lit.models.states import response_states
 
 
 @dataclass
@@ -59,9 +59,9 @@ def exact_kl_to_reference(roles: Roles, sequences: Sequences, temperature: float
     its backward pass, with the policy's role in force.
     """
     with torch.no_grad(), roles.acting("reference") as model:
-        reference_states, _ = predicting_states(model, sequences)
+        reference_states, _ = predicting_states(model, sequences, response_states(model, sequences))
     with roles.acting("policy") as model:
-        policy_states, _ = predicting_states(model, sequences)
+        policy_states, _ = predicting_states(model, sequences, response_states(model, sequences))
 
     def piece_kl(policy_piece: Tensor, reference_piece: Tensor) -> Tensor:
         with torch.no_grad(), roles.acting("reference") as model:
@@ -91,12 +91,12 @@ def compare_with_reference(roles: Roles, sequences: Sequences, temperature: floa
         temperature: T, divides the logits of both.
     """
     with roles.acting("policy") as model:
-        states = sequence_states(model, sequences)
+        states = response_states(model, sequences)
         policy_states, targets = predicting_states(model, sequences, states)
         values = token_values(model, roles.heads["value"], sequences, states) if roles.value_on_trunk else None
     del states
     with roles.acting("reference") as model:
-        reference_states, _ = predicting_states(model, sequences)
+        reference_states, _ = predicting_states(model, sequences, response_states(model, sequences))
     columns: list[list[Tensor]] = [[], [], [], []]
     for piece in chunks(roles.policy, len(targets)):
         with roles.acting("policy") as model:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.batches import Sequences, common_prefix
+from rlhf_lit.batches import Sequences, common_prefix, same_prompts
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import attends_to_everything, unwrapped
 from rlhf_lit.models.segments import Segments, register
@@ -106,6 +106,17 @@ def sequence_states(
     tokens = sequences.tokens.reshape(-1)[source]
     states = hidden_states(model, tokens[None], positions[None], segments, longest=int(lengths.max()))
     return states[0][torch.where(inside, place, 0).to(device)]
+
+
+def response_states(model: nn.Module, sequences: Sequences) -> Tensor:
+    """The hidden states of responses, a prompt that several of them answer computed once: [rows, time, width].
+
+    Args:
+        model: a causal language model, or one with a scalar head.
+        sequences: prompt + response, the mask on the response.
+    """
+    leader, prompt = same_prompts(sequences)
+    return sequence_states(model, sequences, leader, torch.where(leader == torch.arange(len(leader)), 0, prompt))
 
 
 def pair_states(model: nn.Module, chosen: Sequences, rejected: Sequences) -> Tensor:

@@ -17,12 +17,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.batches import Sequences, cut_by_tokens, no_rows
+from rlhf_lit.batches import Sequences, cut_responses, no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer, unwrapped
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.sharding import passes
+from rlhf_lit.models.states import packs, response_states
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
 
@@ -169,11 +170,12 @@ def score_sequences(model: nn.Module, sequences: Sequences, budget: int) -> Tens
 
 @torch.no_grad()
 def _in_pieces(model: nn.Module, head: nn.Module, sequences: Sequences, budget: int) -> Tensor:
-    """[rows] the head's scores, in micro-batches of at most ``budget`` padded tokens."""
+    """[rows] the head's scores, in micro-batches of at most ``budget`` tokens."""
     scores = torch.zeros(len(sequences), device=sequences.tokens.device)
-    for rows, counts in passes(model, cut_by_tokens(sequences.lengths, budget), no_rows):
+    for rows, counts in passes(model, cut_responses(sequences, budget, packs(model)), no_rows):
         rows = rows.to(scores.device)
-        found = sequence_scores(model, head, sequences.part(rows)).to(scores.dtype)
+        part = sequences.part(rows)
+        found = sequence_scores(model, head, part, response_states(model, part)).to(scores.dtype)
         if counts:
             scores[rows] = found
     return scores

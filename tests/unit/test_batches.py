@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from rlhf_lit.batches import ExperienceBatch, Sequences, cut_by_tokens
+from rlhf_lit.batches import ExperienceBatch, Sequences, cut_by_tokens, cut_responses, same_prompts
 
 
 def test_groups_partition_the_rows_within_the_budget() -> None:
@@ -119,3 +119,56 @@ def test_select_of_prompts_keeps_texts_with_their_rows() -> None:
     chosen = tiny.prompts(5).select(torch.tensor([4, 1]))
     assert chosen.texts == ("prompt 4", "prompt 1")
     assert chosen.index.tolist() == [4, 1]
+
+
+def responses(*sizes: tuple[int, int, int]) -> Sequences:
+    """Rows of (which prompt, its length, the response's length)."""
+    rows = [([10 + which] * prompt + [3] * response, [False] * prompt + [True] * response)
+            for which, prompt, response in sizes]  # fmt: skip
+    return Sequences.pad([tokens for tokens, _ in rows], [mask for _, mask in rows])
+
+
+def test_rows_know_the_first_row_with_their_prompt() -> None:
+    rows = responses((0, 3, 2), (1, 3, 4), (0, 3, 5), (0, 2, 1), (1, 3, 1))
+    leader, prompt = same_prompts(rows)
+    assert leader.tolist() == [0, 1, 0, 3, 1]
+    assert prompt.tolist() == [3, 3, 3, 2, 3]
+    nothing = dataclasses.replace(rows, mask=torch.zeros_like(rows.mask))
+    assert same_prompts(nothing)[0].tolist() == [0, 1, 2, 3, 4], "no prompt, nothing in common"
+    assert len(same_prompts(rows.select(torch.zeros(0, dtype=torch.int64)))[0]) == 0
+
+
+def test_packed_responses_are_cut_into_the_fewest_groups_and_alike() -> None:
+    """A prompt counts once in a group; against every cut of the rows in the order of their prompts."""
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for budget in (12, 30, 60, 200):
+        for _ in range(10):
+            lengths = torch.randint(1, 20, (8,), generator=generator).tolist()
+            rows = responses(*((i % 3, 4 + 3 * (i % 3), length) for i, length in enumerate(lengths)))
+
+            def tokens(group: list[int], lengths: list[int] = lengths) -> int:
+                return sum(4 + 3 * which for which in {i % 3 for i in group}) + sum(lengths[i] for i in group)
+
+            groups = [group.tolist() for group in cut_responses(rows, budget, packed=True)]
+            ordered = sorted(range(8), key=lambda i: i % 3)
+            assert list(itertools.chain(*groups)) == ordered
+            assert all(len(group) == 1 or tokens(group) <= budget for group in groups)
+            every = []
+            for bars in itertools.product((False, True), repeat=7):
+                starts = [0, *(i + 1 for i, bar in enumerate(bars) if bar), 8]
+                every.append([ordered[a:b] for a, b in itertools.pairwise(starts)])
+            fitting = [cut for cut in every if all(len(group) == 1 or tokens(group) <= budget for group in cut)]
+            fewest = min(map(len, fitting))
+            assert len(groups) == fewest
+            largest = min(max(map(tokens, cut)) for cut in fitting if len(cut) == fewest)
+            assert max(map(tokens, groups)) == largest or largest > budget
+            seen.add(len(groups))
+    assert len(seen) > 3
+
+
+def test_responses_without_a_prompt_in_common_are_cut_as_any_rows() -> None:
+    rows = responses((0, 3, 2), (1, 3, 9), (2, 3, 5))
+    for packed in (False, True):
+        found = [group.tolist() for group in cut_responses(rows, 16, packed)]
+        assert found == [group.tolist() for group in cut_by_tokens(rows.lengths, 16, packed)]

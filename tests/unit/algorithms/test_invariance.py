@@ -136,19 +136,21 @@ def with_budget(batch: Any, budget: int) -> Any:
 
 def test_loss_and_gradients(case: Case) -> None:
     module, batch = case
+    # How many responses share a prompt depends on the cut: the norms' own arithmetic is in float32.
+    tolerance = 1e-6 if isinstance(module, RLOO | GRPO) else TOLERANCE
     whole = tiny.Step(module, batch, cut=False)
     assert not whole.without_gradient
     assert whole.norm > 1e-3
     for budget in (1, 25, 60, 110, tiny.EVERYTHING):
         pieces = len(list(with_budget(batch, budget).micro_batches()))
         assert pieces == {1: len(batch), tiny.EVERYTHING: 1}.get(budget, pieces)
-        whole.assert_equals(tiny.Step(module, with_budget(batch, budget)), TOLERANCE)
+        whole.assert_equals(tiny.Step(module, with_budget(batch, budget)), tolerance)
     for extra, fill in ((1, tiny.EOS), (17, 5)):
-        whole.assert_equals(tiny.Step(module, tiny.widen(batch, extra, fill), cut=False), TOLERANCE)
+        whole.assert_equals(tiny.Step(module, tiny.widen(batch, extra, fill), cut=False), tolerance)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
     shuffled = batch.select(order)
-    whole.assert_equals(tiny.Step(module, shuffled, cut=False), TOLERANCE)
-    whole.assert_equals(tiny.Step(module, with_budget(shuffled, 60)), TOLERANCE)
+    whole.assert_equals(tiny.Step(module, shuffled, cut=False), tolerance)
+    whole.assert_equals(tiny.Step(module, with_budget(shuffled, 60)), tolerance)
 
 
 def test_the_loss_is_a_mean_over_what_it_says(case: Case) -> None:

@@ -401,3 +401,33 @@ def test_one_response_to_a_prompt_has_nothing_to_be_compared_with(kind: Any, lla
     module = kind(Base(name=llama), RewardFromFunction(tiny.word_count), FixedKL(0.1), Sampling(max_new_tokens=4))
     with pytest.raises(UserError, match=rf"data\.samples_per_prompt: {kind.__name__} .* 2 or more"):
         fit(module, tmp_path, 1)
+
+
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_a_prompt_with_several_responses_is_computed_once(
+    llama: str, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the score pass and in the update; with the numbers that the rows have by themselves."""
+    critic = {"critic": Critic(init="policy")} if kind is PPO else {}
+    module = tiny.make_on_policy(kind, Base(name=llama), **critic)
+    tiny.disturb(module, 0.03)
+    prompts = tiny.repeated(tiny.prompts(3), 4)
+    shapes: list[tuple[int, ...]] = []
+
+    def count(body: Any, arguments: Any, options: dict[str, Any], output: Any) -> None:
+        if not options["use_cache"]:  # as sampling does
+            shapes.append(tuple(options["input_ids"].shape))
+
+    unwrapped(module.roles.policy).model.register_forward_hook(count, with_kwargs=True)
+    batch = module.rollout(prompts, 0)
+    alike = tiny.Step(module, batch)
+    asked = tiny.prompts(3).prompts.lengths.sum() + batch.sequences.mask.sum()
+    assert shapes == [(1, int(asked))] * 2
+    for place in ("rlhf_lit.algorithms.base.packs", "rlhf_lit.models.states.packs", "rlhf_lit.rollout.rewards.packs"):
+        monkeypatch.setattr(place, lambda model: False)
+    again = module.rollout(prompts, 0)
+    assert torch.equal(again.sequences.tokens, batch.sequences.tokens)
+    for name, column in again.columns().items():
+        torch.testing.assert_close(batch.columns()[name], column, rtol=0, atol=1e-5)
+    alike.assert_equals(tiny.Step(module, batch), 1e-5)
+    assert shapes[-1] == tuple(batch.sequences.tokens.shape), "padded rows"
