@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Record, SupervisedBatch, UnpairedBatch
 from rlhf_lit.errors import UserError
+from rlhf_lit.heap import keep_freed_memory
 from rlhf_lit.models.compilation import compile_layers
 from rlhf_lit.models.flops import Pass, flops
 from rlhf_lit.models.loading import Base, load_tokenizer
@@ -228,6 +229,8 @@ class Algorithm(LightningModule):
         return all(packs(module) for module in self.modules() if isinstance(module, PreTrainedModel))
 
     def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.modes()
 
     def on_train_start(self) -> None:

@@ -16,6 +16,7 @@ TEXT = {"torch", "transformers", "peft", "numpy", "bitsandbytes"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "batches": (set(), {"torch"}),
     "errors": (set(), set()),
+    "heap": (set(), set()),
     "randomness": (set(), {"torch", "numpy"}),
     "runs": ({"errors"}, set()),
     "losses": ({"batches"}, {"torch"}),
@@ -41,7 +42,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "algorithms": (
-        {"batches", "errors", "losses", "models", "reference_cache", "rollout", "randomness", "runs"},
+        {"batches", "errors", "heap", "losses", "models", "reference_cache", "rollout", "randomness", "runs"},
         TEXT | {"lightning", "torchmetrics"},
     ),
 }
