@@ -186,7 +186,10 @@ def assert_way_is_that_of_one(folder: Path, name: str, way: str) -> None:
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("name", KINDS)
+SOAK = ("reward_qlora", "dpo_qlora", "kto_lora")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.soak] * (name in SOAK)) for name in KINDS])
 def test_two_ranks_make_the_steps_of_one(place, name):
     for way in ("ddp", "fsdp2") if name.partition("_")[0] in NAMES[:4] and "qlora" not in name else ("fsdp2",):
         assert_way_is_that_of_one(place, name, way)
@@ -206,7 +209,7 @@ def test_four_ranks_do_too(place, name, way):
 
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp2", "one"), ("one", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")])
-@pytest.mark.parametrize("name", ["sft", "reward_lora", "ppo"])
+@pytest.mark.parametrize("name", ["sft", pytest.param("reward_lora", marks=pytest.mark.soak), "ppo"])
 def test_a_checkpoint_goes_on_under_another_strategy(place, name, before, after):
     runs = f"{before}_{after}"
     alone(place, name)
