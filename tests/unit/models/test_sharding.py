@@ -35,6 +35,8 @@ def test_of_a_4_bit_base_a_rank_holds_half_of_the_bytes(mesh: DeviceMesh, tmp_pa
     layers = [part for part in module.modules() if isinstance(part, Linear4bit)]
     whole = [layer.weight.numel() for layer in layers]
     before = float(flops(module.model_passes(batch)))
+    unpacked = tiny.build(SFT(Base(base.name, lora=base.lora)))
+    assert before == float(flops(unpacked.model_passes(batch)))
     shard(module, mesh)
     assert len(layers) == 14
     for layer, count in zip(layers, whole, strict=True):
