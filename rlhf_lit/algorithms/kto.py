@@ -15,7 +15,8 @@ from torch import Tensor
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share
 from rlhf_lit.algorithms.offline import OfflineAlgorithm, Reference
 from rlhf_lit.algorithms.writing import SCORING_BUDGET
-from rlhf_lit.batches import Sequences, UnpairedBatch, cut_by_tokens
+from rlhf_lit.batches import Sequences, UnpairedBatch
+from rlhf_lit.cutting import cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import KTOLoss
 from rlhf_lit.losses.reductions import row_sums

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share, require_no_dropout
 from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
-from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_responses, no_rows
+from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences
+from rlhf_lit.cutting import no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController, estimate_kl, fixed_point
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
@@ -240,7 +241,7 @@ class OnPolicy(WritingAlgorithm):
     def _score_pass(self, sequences: Sequences, budget: int) -> Comparison:
         """Policy and reference on the sampled responses, in micro-batches. [rows, time] each."""
         comparison = Comparison.empty(sequences, self.roles.value_on_trunk)
-        groups = cut_responses(sequences, SCORING_BUDGET * budget, self.packed)
+        groups = sequences.cut_responses(SCORING_BUDGET * budget, self.packed)
         for rows, counts in passes(self.roles, groups, no_rows):
             rows = rows.to(sequences.tokens.device)
             part = compare_with_reference(self.roles, sequences.part(rows), self.sampling.temperature)

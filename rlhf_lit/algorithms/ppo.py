@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from rlhf_lit.algorithms.base import Optimizer, Schedule, Share
 from rlhf_lit.algorithms.on_policy import SCORING_BUDGET, Estimate, OnPolicy
-from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, cut_responses, no_rows
+from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences
+from rlhf_lit.cutting import no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import KLController
@@ -124,7 +125,7 @@ class PPO(OnPolicy):
     def _values(self, sequences: Sequences, budget: int) -> Tensor:
         """[rows, time] of a critic with a pass of its own, in micro-batches of ``budget`` tokens."""
         values = torch.zeros(sequences.tokens.shape, device=sequences.tokens.device)
-        for rows, counts in passes(self.roles, cut_responses(sequences, budget, self.packed), no_rows):
+        for rows, counts in passes(self.roles, sequences.cut_responses(budget, self.packed), no_rows):
             rows = rows.to(values.device)
             part = sequences.part(rows)
             with self.roles.acting("value") as model:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from rlhf_lit.algorithms.writing import WritingAlgorithm
-from rlhf_lit.batches import Sequences, cut_by_tokens, no_rows
+from rlhf_lit.batches import Sequences
+from rlhf_lit.cutting import cut_by_tokens, no_rows
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import SCORING_TOKENS
 from rlhf_lit.losses.reductions import row_sums

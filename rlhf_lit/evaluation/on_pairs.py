@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_lit.batches import Sequences, cut_by_tokens
+from rlhf_lit.batches import Sequences
+from rlhf_lit.cutting import cut_by_tokens
 from rlhf_lit.data.records import Source
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.pairs import Score, pair_report, read_contests, score_contests

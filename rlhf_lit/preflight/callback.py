@@ -28,8 +28,8 @@ from rlhf_lit.batches import (
     Sequences,
     SupervisedBatch,
     UnpairedBatch,
-    cut_by_tokens,
 )
+from rlhf_lit.cutting import cut_by_tokens
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError

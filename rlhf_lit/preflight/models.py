@@ -15,7 +15,8 @@ from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch, UnpairedBatch, cut_by_tokens
+from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch, UnpairedBatch
+from rlhf_lit.cutting import cut_by_tokens
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.loading import context_length, unwrapped

@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 from rich.filesize import decimal
 from torch import Tensor
 
-from rlhf_lit.batches import Sequences, cut_by_tokens
+from rlhf_lit.batches import Sequences
+from rlhf_lit.cutting import cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.reference_cache import catalogue, progress, segments
 from rlhf_lit.reference_cache.identity import ReferenceIdentity, in_words

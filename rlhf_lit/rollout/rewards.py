@@ -17,7 +17,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.batches import Sequences, cut_responses, no_rows
+from rlhf_lit.batches import Sequences
+from rlhf_lit.cutting import no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer, unwrapped
@@ -172,7 +173,7 @@ def score_sequences(model: nn.Module, sequences: Sequences, budget: int) -> Tens
 def _in_pieces(model: nn.Module, head: nn.Module, sequences: Sequences, budget: int) -> Tensor:
     """[rows] the head's scores, in micro-batches of at most ``budget`` tokens."""
     scores = torch.zeros(len(sequences), device=sequences.tokens.device)
-    for rows, counts in passes(model, cut_responses(sequences, budget, packs(model)), no_rows):
+    for rows, counts in passes(model, sequences.cut_responses(budget, packs(model)), no_rows):
         rows = rows.to(scores.device)
         part = sequences.part(rows)
         found = sequence_scores(model, head, part, response_states(model, part)).to(scores.dtype)

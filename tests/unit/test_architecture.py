@@ -14,7 +14,8 @@ TEXT = {"torch", "transformers", "peft", "numpy", "bitsandbytes"}
 
 # Room → (rooms and modules of ours it may use, packages from outside).
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
-    "batches": (set(), {"torch"}),
+    "batches": ({"cutting"}, {"torch"}),
+    "cutting": (set(), {"torch"}),
     "errors": (set(), set()),
     "heap": (set(), set()),
     "randomness": (set(), {"torch", "numpy"}),
@@ -22,10 +23,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "losses": ({"batches"}, {"torch"}),
     "models": ({"batches", "errors", "losses", "runs"}, TEXT),
     "reference_cache": (
-        {"batches", "errors", "models"},
+        {"batches", "cutting", "errors", "models"},
         {"torch", "numpy", "peft", "pyarrow", "xxhash", "filelock", "rich"},
     ),
-    "rollout": ({"batches", "errors", "losses", "models", "randomness"}, TEXT | {"vllm"}),
+    "rollout": ({"batches", "cutting", "errors", "losses", "models", "randomness"}, TEXT | {"vllm"}),
     "data": (
         {"batches", "errors", "randomness", "runs"},
         {
@@ -42,7 +43,18 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "algorithms": (
-        {"batches", "errors", "heap", "losses", "models", "reference_cache", "rollout", "randomness", "runs"},
+        {
+            "batches",
+            "cutting",
+            "errors",
+            "heap",
+            "losses",
+            "models",
+            "reference_cache",
+            "rollout",
+            "randomness",
+            "runs",
+        },
         TEXT | {"lightning", "torchmetrics"},
     ),
 }
