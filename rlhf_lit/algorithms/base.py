@@ -8,7 +8,7 @@ accumulation is exact by construction, and ``micro_batch_tokens`` changes no res
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Reco
 from rlhf_lit.errors import UserError
 from rlhf_lit.heap import keep_freed_memory
 from rlhf_lit.models.compilation import compile_layers
+from rlhf_lit.models.flat import drawn, flat_of, plain_name
 from rlhf_lit.models.flops import Pass, flops
 from rlhf_lit.models.loading import Base, load_tokenizer
 from rlhf_lit.models.sharding import gathered, is_sharded, passes, shard
@@ -266,7 +267,7 @@ class Algorithm(LightningModule):
         totals: dict[str, Tensor] = {}
         with self._local_gradients():
             for micro_batch in self.in_step(batch):
-                for share in self.shares(micro_batch, units):
+                for share in drawn(self, self.shares(micro_batch, units)):
                     self.manual_backward(0 * share.loss if self.keeping_step else share.loss)
                     self._add(totals, share)
         norm = self._reduce_and_clip()
@@ -361,7 +362,24 @@ class Algorithm(LightningModule):
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
         limit = self.optimizer_settings.max_grad_norm
-        return gathered(nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit))
+        limit = float("inf") if limit is None else limit
+        if flat := flat_of(self):
+            for parameter in parameters:  # of which another rank holds all; the optimizer counts its steps here too
+                if parameter.grad is None and not parameter.numel():
+                    parameter.grad = torch.zeros_like(parameter)
+            return flat.clip_grad_norm(limit)
+        return gathered(nn.utils.clip_grad_norm_(parameters, limit))
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        """What is called inside the algorithm's own pass (see ``models.flat``)."""
+        return function()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Under the names that they have where no strategy adds its own."""
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            yield plain_name(name), parameter
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer steps."""

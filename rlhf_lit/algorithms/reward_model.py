@@ -28,7 +28,7 @@ from rlhf_lit.losses.bradley_terry import BradleyTerryLoss, list_shares
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, load_scorer, unwrapped
-from rlhf_lit.models.sharding import assign, gathered, is_sharded, reshard
+from rlhf_lit.models.sharding import assign, at_hand, gathered, is_sharded, reshard
 from rlhf_lit.models.states import pair_states
 from rlhf_lit.rollout.rewards import score_sequences
 
@@ -229,14 +229,15 @@ class RewardModel(Algorithm):
         self.scorer.eval()
         found: list[Tensor] = []
         reference: list[Tensor] = []
-        for batch in batches:
-            for part in self.micro_batches(batch.to(self.device)):
-                compared = part.comparisons()
-                # Without a scale to find, the preferred ones are enough.
-                rows = torch.arange(len(compared.best), device=compared.best.device)
-                rows = rows if self.unit_variance else rows[compared.best]
-                found.append(self.scores(compared.answers.select(rows)).double())
-                reference.append(compared.best[rows])
+        with at_hand(self):
+            for batch in batches:
+                for part in self.micro_batches(batch.to(self.device)):
+                    compared = part.comparisons()
+                    # Without a scale to find, the preferred ones are enough.
+                    rows = torch.arange(len(compared.best), device=compared.best.device)
+                    rows = rows if self.unit_variance else rows[compared.best]
+                    found.append(self.scores(compared.answers.select(rows)).double())
+                    reference.append(compared.best[rows])
         reshard(self)  # all ranks made the same passes
         self.scorer.train(training)
         scores = torch.cat(found)
@@ -246,7 +247,7 @@ class RewardModel(Algorithm):
             _note(f"the scores of {len(scores)} responses are {what}: they were not normalised")
             return
         scale = 1 / spread if self.unit_variance else 1.0
-        head = {name: gathered(parameter.detach()).clone() for name, parameter in self._head().items()}
+        head = {name: gathered(parameter).clone() for name, parameter in self._head().items()}
         bias = reward_bias(unwrapped(self.scorer))
         self._put({name: value * scale for name, value in head.items()}, (bias - mean) * scale)
         before = self.normalisation

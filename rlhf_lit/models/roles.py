@@ -21,6 +21,7 @@ from torch import nn
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.flat import plain_name
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
@@ -33,6 +34,7 @@ from rlhf_lit.models.loading import (
     stored_bias,
     unwrapped,
 )
+from rlhf_lit.models.sharding import blend
 
 # "policy", "reference", "value", or what ``add_reward`` returns.
 Role = str
@@ -125,9 +127,9 @@ class Roles(nn.Module):
         if "reference" in self.models:
             policy = dict(self.policy.named_parameters())
             for name, weight in self.models["reference"].named_parameters():
-                yield f"models.reference.{name}", weight, policy[name]
+                yield f"models.reference.{plain_name(name)}", weight, policy[name]
             return
-        weights = dict(self.policy.named_parameters())
+        weights = {plain_name(name): weight for name, weight in self.policy.named_parameters()}
         for name, weight in weights.items():
             if ".reference." in name:
                 yield f"models.policy.{name}", weight, weights[name.replace(".reference.", ".default.")]
@@ -136,7 +138,7 @@ class Roles(nn.Module):
     def move_reference(self, mix: float) -> None:
         """π₀ ← mix·π + (1 − mix)·π₀ on the reference's own weights (of an adapter: on each factor)."""
         for _, reference, policy in self.reference_pairs():
-            reference.lerp_(policy.to(reference.dtype), mix)
+            blend(reference, policy, mix)
 
     def add_critic(self, base: Base, init: Base | None, trunk: bool) -> None:
         """The value role: a head on the policy's hidden states (``trunk``), or a body of its own.
@@ -209,7 +211,8 @@ class Roles(nn.Module):
         """The critic's own trainable parameters: none that it shares with the policy."""
         body = self.models["value"].parameters() if "value" in self.models else ()
         # …lora_A.value.weight: the adapter's name stands between the matrix and its weight.
-        adapter = (p for name, p in self.policy.named_parameters() if self.shared and name.split(".")[-2] == "value")
+        weights = self.policy.named_parameters() if self.shared else ()
+        adapter = (p for name, p in weights if plain_name(name).split(".")[-2] == "value")
         return [p for p in (*body, *adapter, *self.heads["value"].parameters()) if p.requires_grad]
 
     @contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rlhf_lit.models.flat import flat_of, piece_of
 from rlhf_lit.models.loading import decoder_layers, is_wrapped
 
 Part = TypeVar("Part")
@@ -99,8 +100,8 @@ def _groups(module: nn.Module) -> list[Any]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a part of it is."""
-    return any(isinstance(part, FSDPModule) for part in module.modules())
+    """Whether a part of it is, by FSDP2 or FSDP1."""
+    return flat_of(module) is not None or any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def reshard(module: nn.Module) -> None:
@@ -114,6 +115,10 @@ def whole(module: nn.Module) -> Iterator[None]:
     """All weights gathered for the time of the block, in which ranks need not keep step. Nothing must learn in it."""
     from transformers import PreTrainedModel
 
+    if flat := flat_of(module):
+        with flat.whole():
+            yield
+        return
     parts = _groups(module)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -126,6 +131,13 @@ def whole(module: nn.Module) -> Iterator[None]:
             part.stays_whole = False
             part.set_reshard_after_forward(not isinstance(part, PreTrainedModel), recurse=False)
             part.reshard()
+
+
+def at_hand(module: nn.Module) -> AbstractContextManager[None]:
+    """What FSDP1 needs around passes without gradients, and around weights under their own names: all of them whole.
+    Nothing else needs it."""
+    flat = flat_of(module)
+    return flat.whole() if flat else nullcontext()
 
 
 def passes(module: nn.Module, parts: Iterable[Part], blank: Callable[[], Part]) -> Iterator[tuple[Part, bool]]:
@@ -141,6 +153,10 @@ def passes(module: nn.Module, parts: Iterable[Part], blank: Callable[[], Part]) 
     if not is_sharded(module):
         yield from ((part, True) for part in parts)
         return
+    if flat_of(module) and not torch.is_grad_enabled():
+        with at_hand(module):
+            yield from ((part, True) for part in parts)
+        return
     own = list(parts)
     device = next(module.parameters()).device
     most = torch.tensor(len(own), device=device)
@@ -152,15 +168,25 @@ def passes(module: nn.Module, parts: Iterable[Part], blank: Callable[[], Part]) 
     reshard(module)
 
 
-def gathered(weight: Tensor) -> Tensor:
-    """The whole of a weight; a collective where it is sharded."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+def gathered(value: Tensor, like: Tensor | None = None) -> Tensor:
+    """The whole of a weight, or of what is laid out ``like`` one; without a gradient. A collective where it is
+    sharded."""
+    own = value.detach()
+    if piece := piece_of(value if like is None else like):
+        return piece.gathered(own)
+    return own.full_tensor() if isinstance(own, DTensor) else own
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """The shape of the whole of a weight."""
+    piece = piece_of(weight)
+    return piece.shape if piece else weight.shape
 
 
 def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
     """A model's weights by name, whole, on the CPU; of one inside PEFT's wrapper those that train.
 
-    A collective. None where the model is not sharded. One weight at a time stands whole on the device.
+    A collective, ``at_hand``. None where the model is not sharded. One weight at a time stands whole on the device.
 
     Args:
         model: what is to be saved.
@@ -168,14 +194,14 @@ def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
     """
     if not is_sharded(model):
         return None
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # tied weights stay one
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     for name, value in model.state_dict(keep_vars=True).items():
         if is_wrapped(model) and name not in trained:
             continue
         if id(value) not in seen:
-            part = gathered(value.detach())
+            part = gathered(value)
             seen[id(value)] = part.cpu() if keep else part.new_empty(0)
         found[name] = seen[id(value)]
     return found if keep else {}
@@ -183,6 +209,8 @@ def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
 
 def spread(value: Tensor, like: Tensor) -> Tensor:
     """This rank's share of a whole tensor, laid out as a weight is; of a weight that is not sharded, all of it."""
+    if piece := piece_of(like):
+        return piece.share(value)
     if not isinstance(like, DTensor):
         return value
     value = value.to(like.device)
@@ -193,3 +221,12 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
 def assign(weight: Tensor, value: Tensor) -> None:
     """Set a weight from a whole tensor, which every rank has."""
     weight.copy_(spread(value, weight))
+
+
+@torch.no_grad()
+def blend(weight: Tensor, other: Tensor, mix: float) -> None:
+    """weight ← mix·other + (1 − mix)·weight; a collective where they are sharded."""
+    if piece_of(weight):  # the two may be cut in different places
+        assign(weight, gathered(weight).lerp(gathered(other).to(weight.dtype), mix))
+    else:
+        weight.lerp_(other.to(weight.dtype), mix)

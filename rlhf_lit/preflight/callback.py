@@ -35,7 +35,7 @@ from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.comparison import Comparison, compare_with_reference
 from rlhf_lit.models.loading import stop_ids
-from rlhf_lit.models.sharding import is_sharded, reshard
+from rlhf_lit.models.sharding import at_hand, is_sharded, reshard
 from rlhf_lit.preflight.check import VERDICTS, Check, show, tolerance_of
 from rlhf_lit.preflight.models import (
     absolute,
@@ -254,7 +254,7 @@ class Preflight(Callback):
         data = own if isinstance(own, TextDataModule) else None
         found: list[Check] = []
         error = None
-        with isolate_rng(), trainer.precision_plugin.forward_context(), torch.no_grad():
+        with isolate_rng(), trainer.precision_plugin.forward_context(), torch.no_grad(), at_hand(pl_module):
             try:
                 # Where models are sharded, ranks must make the same passes: all look at the same rows.
                 sharded = is_sharded(pl_module)

@@ -260,7 +260,7 @@ def _lever(roles: Roles) -> nn.Parameter | None:
 
 @contextmanager
 def _moved(parameter: nn.Parameter) -> Iterator[None]:
-    before = gathered(parameter.detach()).clone()
+    before = gathered(parameter).clone()
     assign(parameter, before + torch.linspace(-1, 1, before.numel()).view_as(before).to(before))
     try:
         yield
