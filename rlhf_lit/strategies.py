@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from rlhf_lit.algorithms.base import Algorithm
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.flat import shard_flat
+from rlhf_lit.models.flat import flat_of, shard_flat
 from rlhf_lit.models.sharding import assign, gathered, spread, whole_shape
 
 
@@ -140,18 +140,19 @@ class FSDP1(_OneFile, FSDPStrategy):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if isinstance(plugin, FSDPPrecision):
-            mixed = plugin.precision == "bf16-mixed"
             device = "cpu" if isinstance(self.accelerator, CPUAccelerator) else "cuda"
-            plugin = MixedPrecision("bf16-mixed", device) if mixed else Precision()
+            known = {"32-true": Precision(), "bf16-mixed": MixedPrecision("bf16-mixed", device)}
+            if plugin.precision not in known:
+                raise UserError(f"trainer.precision {plugin.precision}: fsdp knows {' and '.join(known)}")
+            plugin = known[plugin.precision]
         self._precision_plugin = plugin
 
     def _setup_model(self, model: Module) -> Module:
         """Lightning would call a training step in the root's forward pass, which our steps have several of."""
         assert isinstance(model, Algorithm)
-        if model.base.quantization:
-            raise UserError("trainer.strategy fsdp: FSDP1 cannot spread 4-bit weights; use fsdp2")
-        model.to(self.root_device)
-        shard_flat(model, self.root_device)
+        if flat_of(model) is None:  # a second `fit` or `validate` finds it spread
+            model.to(self.root_device)
+            shard_flat(model, next(model.trained_model.parameters()), self.root_device)
         return model
 
 

@@ -356,19 +356,16 @@ class Algorithm(LightningModule):
         for parameter in self.trainable_parameters():
             if parameter not in moving:
                 parameter.grad = None  # the optimizer passes over it: no decay, no moments, no count of steps
-        if self.trainer.world_size > 1 and not is_sharded(self):  # sharded ones were added up on the way
+        flat = flat_of(self)
+        if self.trainer.world_size > 1 and (flat or not is_sharded(self)):
             for parameter in parameters:
-                if parameter.grad is None:
+                if parameter.grad is None:  # the optimizer shall count the same steps on all ranks
                     parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+                if not flat:  # sharded ones were added up on the way
+                    torch.distributed.all_reduce(parameter.grad)
         limit = self.optimizer_settings.max_grad_norm
         limit = float("inf") if limit is None else limit
-        if flat := flat_of(self):
-            for parameter in parameters:  # of which another rank holds all; the optimizer counts its steps here too
-                if parameter.grad is None and not parameter.numel():
-                    parameter.grad = torch.zeros_like(parameter)
-            return flat.clip_grad_norm(limit)
-        return gathered(nn.utils.clip_grad_norm_(parameters, limit))
+        return flat.clip_grad_norm(parameters, limit) if flat else gathered(nn.utils.clip_grad_norm_(parameters, limit))
 
     def forward(self, function: Callable[[], Any]) -> Any:
         """What is called inside the algorithm's own pass (see ``models.flat``)."""

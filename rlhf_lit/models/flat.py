@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy
 
+from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import decoder_layers
 
 # What FSDP1 puts between the names of a unit and of what is in it.
@@ -76,9 +77,21 @@ class Flat:
                 for parent, name, unit in units:
                     setattr(parent, name, unit)
 
-    def clip_grad_norm(self, limit: float) -> Tensor:
-        """Clip to a norm over all ranks. Returns the norm before."""
-        return self.root.clip_grad_norm_(limit)
+    @torch.no_grad()
+    def clip_grad_norm(self, weights: list[nn.Parameter], limit: float) -> Tensor:
+        """Clip the weights' gradients, of which each rank has its pieces, to an L2 norm over all ranks.
+
+        Returns:
+            The norm before, in float32. (torch's own wants one dtype, but heads are in float32 whatever a model is in.)
+        """
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        square = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+        for gradient in gradients:
+            gradient.mul_(scale)
+        return norm
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,9 @@ class Piece:
 
     def share(self, value: Tensor) -> Tensor:
         """The whole weight → this rank's numbers."""
-        return value if self.flat.is_whole else value.reshape(-1).split(self.sizes)[dist.get_rank()]
+        if self.flat.is_whole:
+            return value
+        return value.reshape(-1).split(self.sizes)[dist.get_rank()].clone()  # the whole may go
 
 
 def piece_of(weight: Tensor) -> Piece | None:
@@ -125,20 +140,32 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != UNIT)
 
 
-def shard_flat(algorithm: nn.Module, device: torch.device) -> None:
+def shard_flat(algorithm: nn.Module, outer: nn.Parameter, device: torch.device) -> None:
     """Spread the weights of an algorithm's models over the ranks, if there are several (FSDP1 spreads nothing on one).
     Gradients are added up over them, not averaged.
 
     Args:
         algorithm: with its models built, on the device. Its forward calls what it is given (see ``drawn``).
+        outer: a weight with the dtype of most that stands outside of the decoder layers.
         device: this rank's.
+
+    Raises:
+        UserError: there are weights that FSDP1 cannot spread.
     """
+    for name, weight in algorithm.named_parameters():
+        if not weight.is_floating_point():
+            raise UserError("trainer.strategy fsdp: FSDP1 cannot spread 4-bit weights; use fsdp2")
+        if "lora_magnitude_vector" in name or "lora_embedding_" in name:
+            raise UserError(
+                "trainer.strategy fsdp: FSDP1 cannot spread DoRA's weights, nor adapters of embeddings, which are read "
+                "from outside of their modules; use ddp"
+            )
     if dist.get_world_size() == 1:
         return
     weights = dict.fromkeys(algorithm.parameters())
     shapes = [weight.shape for weight in weights]
     modules = list(algorithm.modules())
-    units = {algorithm, *_units(algorithm)}
+    units = {algorithm, *_units(algorithm, outer.dtype)}
     root = FullyShardedDataParallel(
         nn.Sequential(algorithm),
         auto_wrap_policy=CustomPolicy(lambda module: module in units),
@@ -155,20 +182,21 @@ def shard_flat(algorithm: nn.Module, device: torch.device) -> None:
         weight.piece = Piece(flat, shape, held)  # type: ignore[attr-defined]
 
 
-def _units(algorithm: nn.Module) -> Iterator[nn.Module]:
-    """Decoder layers; and within what is frozen, or of another dtype, the single modules that train: gradients are made
-    for a whole unit, and a unit has one dtype."""
+def _units(algorithm: nn.Module, outer: torch.dtype) -> Iterator[nn.Module]:
+    """Decoder layers; and the single modules that are of another dtype than what is around them, which one unit cannot
+    hold, or that train within what is frozen, since gradients are made for a whole unit."""
     from transformers import PreTrainedModel
 
     models = [part for part in algorithm.modules() if isinstance(part, PreTrainedModel)]
-    yield from itertools.chain.from_iterable(decoder_layers(model) for model in models)
+    layers = [layer for model in models for layer in decoder_layers(model)]
+    yield from layers
+    around = {part: next(layer.parameters()).dtype for layer in layers for part in layer.modules()}
     adapted = any(len({weight.requires_grad for weight in model.parameters()}) > 1 for model in models)
-    most = next(algorithm.parameters()).dtype
     for part in algorithm.modules():
         own = list(part.parameters(recurse=False))
         if own and not any(True for _ in part.children()):
             trains = any(weight.requires_grad for weight in own)
-            if (adapted and trains) or own[0].dtype != most:
+            if (adapted and trains) or own[0].dtype != around.get(part, outer):
                 yield part
 
 

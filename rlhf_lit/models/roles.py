@@ -124,12 +124,11 @@ class Roles(nn.Module):
 
     def reference_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """A reference's own weights: their names here, and with each the policy's weight it began as."""
-        if "reference" in self.models:
-            policy = dict(self.policy.named_parameters())
-            for name, weight in self.models["reference"].named_parameters():
-                yield f"models.reference.{plain_name(name)}", weight, policy[name]
-            return
         weights = {plain_name(name): weight for name, weight in self.policy.named_parameters()}
+        if "reference" in self.models:
+            for name, weight in self.models["reference"].named_parameters():
+                yield f"models.reference.{plain_name(name)}", weight, weights[plain_name(name)]
+            return
         for name, weight in weights.items():
             if ".reference." in name:
                 yield f"models.policy.{name}", weight, weights[name.replace(".reference.", ".default.")]

@@ -143,7 +143,7 @@ def at_hand(module: nn.Module) -> AbstractContextManager[None]:
 def passes(module: nn.Module, parts: Iterable[Part], blank: Callable[[], Part]) -> Iterator[tuple[Part, bool]]:
     """The parts one by one, each with True; then, as long as another rank has more, a blank with False.
 
-    Where the module is not sharded: its parts alone.
+    Where the module is not sharded: its parts alone; under FSDP1 without gradients too, with all weights whole.
 
     Args:
         module: what makes a pass over each part.
@@ -225,7 +225,7 @@ def assign(weight: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def blend(weight: Tensor, other: Tensor, mix: float) -> None:
-    """weight ← mix·other + (1 − mix)·weight; a collective where they are sharded."""
+    """weight ← mix·other + (1 − mix)·weight; a collective under FSDP1."""
     if piece_of(weight):  # the two may be cut in different places
         assign(weight, gathered(weight).lerp(gathered(other).to(weight.dtype), mix))
     else:

@@ -256,7 +256,7 @@ class Preflight(Callback):
         error = None
         with isolate_rng(), trainer.precision_plugin.forward_context(), torch.no_grad(), at_hand(pl_module):
             try:
-                # Where models are sharded, ranks must make the same passes: all look at the same rows.
+                # Under FSDP2 ranks must make the same passes: where models are sharded, all look at the same rows.
                 sharded = is_sharded(pl_module)
                 place = (0, 1) if sharded else (trainer.global_rank, trainer.world_size)
                 found.extend(checks(pl_module, data, *place))

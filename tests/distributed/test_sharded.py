@@ -19,6 +19,7 @@ STEPS, HALF = 10, 5
 # A reward model, the policy that learns from it, and what learns from files; a score is asked for before PPO begins.
 NAMES = ("sft", "reward", "dpo", "ppo", "kto", "grpo")
 LORA = {"lora": {"rank": 4}}
+DORA_OPTIONS = ("--model.base.lora.rank=4", "--model.base.lora.dora=true")
 QLORA_OPTIONS = ("--model.base.lora.rank=4", "--model.base.quantization.type=nf4")
 QLORA = {**LORA, "quantization": {"type": "nf4", "compute_dtype": "float32"}}
 # What of a model trains. Not GRPO with adapters: its first steps are so far that they blow rounding up to 1e-3, under
@@ -94,7 +95,7 @@ def config(folder: Path, full: str) -> dict[str, Any]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small model, nine ragged rows of each kind (the last batch of four leaves a rank without any) and
     all configs."""
-    folder = tmp_path_factory.mktemp("fsdp2")
+    folder = tmp_path_factory.mktemp("sharded")
     save_small_model(folder / "model")
     sft = [{"prompt": " ".join(WORDS[: 1 + i % 5]), "completion": " ".join(WORDS[i:] * (1 + i % 3))} for i in range(9)]
     pairs = [
@@ -188,9 +189,11 @@ def assert_way_is_that_of_one(folder: Path, name: str, way: str) -> None:
     assert configs[0] == configs[1]
 
 
+# Two processes take seconds for each: every run of the tests has what differs most, and `make soak` the rest.
 SOAK = {
+    "ddp": ("reward_lora", "dpo_lora"),
     "fsdp2": ("reward_qlora", "dpo_qlora", "kto_lora"),
-    "fsdp": ("kto", "grpo", "sft_lora", "reward_lora", "dpo_lora", "kto_lora"),
+    "fsdp": ("reward", "kto", "grpo", "sft_lora", "reward_lora", "dpo_lora", "kto_lora"),
 }
 
 
@@ -247,6 +250,18 @@ def test_a_reference_that_moves_is_that_of_one_process(place, name, way):
     assert still["train/loss"] != moved["train/loss"]
 
 
+@pytest.mark.parametrize("way", ["fsdp", pytest.param("fsdp2", marks=pytest.mark.soak)])
+def test_a_policy_in_16_bits_beside_a_reward_model_in_32(place, way):
+    """A unit has one dtype, and heads and rewards another than the policy. 16 bits hold three digits."""
+    alone(place, scorer_of("ppo"))
+    firsts = []
+    for strategy in ("ddp", way):
+        fit(place, "ppo", strategy, "--model.base.dtype=bfloat16", "--trainer.max_steps=4", runs=f"narrow_{strategy}")
+        firsts.append(next(row for row in metrics(run_of(place, f"narrow_{strategy}", "ppo")) if row["policy/loss"]))
+    for key in ("policy/loss", "value/loss", "policy/grad_norm"):
+        assert float(firsts[0][key]) == pytest.approx(float(firsts[1][key]), rel=0.02, abs=0.01), key
+
+
 @pytest.mark.parametrize("way", ["fsdp2", "fsdp"])
 def test_operations_are_counted_as_for_whole_weights(place, way):
     """On rank 0, which has the same rows as under DDP."""
@@ -263,7 +278,11 @@ def test_operations_are_counted_as_for_whole_weights(place, way):
 
 MOVES = [("fsdp2", "one"), ("one", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2"), ("fsdp", "one"), ("one", "fsdp"),
          ("fsdp", "fsdp2"), ("fsdp2", "fsdp")]  # fmt: skip
-QUICK = {"sft": MOVES[:4], "ppo": [*MOVES[:4], ("fsdp", "fsdp2"), ("one", "fsdp")], "reward_lora": []}
+QUICK = {
+    "sft": [("fsdp2", "one"), ("ddp", "fsdp2"), ("one", "fsdp")],
+    "ppo": [("one", "fsdp2"), ("fsdp2", "ddp"), ("fsdp", "fsdp2")],
+    "reward_lora": [],
+}
 
 
 @pytest.mark.parametrize(
@@ -291,6 +310,7 @@ def test_a_checkpoint_goes_on_under_another_strategy(place, name, before, after)
             "trainer.strategy fsdp_cpu_offload: not supported; use fsdp2, or fsdp without options",
         ),
         ("fsdp", QLORA_OPTIONS, "trainer.strategy fsdp: FSDP1 cannot spread 4-bit weights; use fsdp2"),
+        ("fsdp", DORA_OPTIONS, "trainer.strategy fsdp: FSDP1 cannot spread DoRA's weights, nor adapters of embeddings"),
         ("fsdp", ("--model.optimizer.name=adamw_8bit",), "adamw_8bit knows no sharded weights; set it to adamw"),
         ("fsdp2", ("--model.optimizer.name=adamw_8bit",), "adamw_8bit knows no sharded weights; set it to adamw"),
     ],

@@ -1,4 +1,4 @@
-"""What two processes send each other in an optimizer step, counted, against the formula of docs/scaling.md."""
+"""What two processes hold for an optimizer step and send each other, against the formulas of docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def constant(prompts: list[str], responses: list[str], rows: list[dict[str, str]
     return [float(len(response)) for response in responses]
 
 
-def count(options: list[str], strategy: str, folder: Path) -> tuple[int, int]:
-    """Bytes of the trainable weights, and the payload of the collectives of a step, the mean of all but the first."""
+def count(options: list[str], strategy: str, folder: Path) -> tuple[int, int, int]:
+    """Bytes of the trainable weights, what a rank holds, and the payload of the collectives of a step, the mean of all
+    but the first."""
     file = folder / "bytes.json"
     words = ["fit", *options, f"--trainer.strategy={strategy}", "--trainer.devices=2", "--trainer.accelerator=cpu",
              f"--trainer.max_steps={STEPS}", "--trainer.enable_progress_bar=false", "--preflight=false",
@@ -44,7 +45,7 @@ def count(options: list[str], strategy: str, folder: Path) -> tuple[int, int]:
     subprocess.run([sys.executable, "-m", "rlhf_lit", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
     found = json.loads(file.read_text())
     later = [sum(step.values()) for step in found["steps"][1:]]
-    return found["trained"], round(sum(later) / len(later))
+    return found["trained"], found["held"], round(sum(later) / len(later))
 
 
 def main() -> None:
@@ -55,11 +56,12 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="communication_"))
     count([*ALGORITHMS["SFT"], *FRESH, *PLAYGROUND], strategy, place)  # for its weights, on which the others stand
     base = f"--model.base.name={place}/runs/sft/version_0"
-    print("| run | trainable weights, bytes | payload of a step, bytes | ratio |\n|---|---|---|---|")
+    print("| run | trainable weights, bytes | payload of a step, bytes | ratio | a rank holds, bytes |")
+    print("|---|---|---|---|---|")
     for algorithm, options in ALGORITHMS.items():
         for weights, lora in WEIGHTS.items():
-            trained, payload = count([*options[:2], base, *PLAYGROUND, *options[2:], *lora], strategy, place)
-            print(f"| {algorithm}, {weights} | {trained} | {payload} | {payload / trained:.4f} |", flush=True)
+            trained, held, payload = count([*options[:2], base, *PLAYGROUND, *options[2:], *lora], strategy, place)
+            print(f"| {algorithm}, {weights} | {trained} | {payload} | {payload / trained:.4f} | {held} |", flush=True)
 
 
 if __name__ == "__main__":
