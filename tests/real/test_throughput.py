@@ -22,9 +22,15 @@ def test_both_sides_have_the_losses_of_the_same_mathematics(task, real_data, tmp
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| plain")]
-    assert [row[2].strip() for row in rows] == ["defaults", "plain"]
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith(("| plain", "| cached"))]
+    settings = ("plain", "cached") if task == "dpo" else ("plain",)
+    assert [(row[1].strip(), row[2].strip()) for row in rows] == [
+        (ours, peer) for ours in settings for peer in ("defaults", "grouped")
+    ]
     for row in rows:
-        assert 0 < float(row[-2]) < 1e-4
+        if row[2].strip() == "defaults":
+            assert 0 < float(row[-2]) < 1e-4
+        else:
+            assert row[-2].strip() == "–", "those are other batches"
         assert float(row[3]) > 0
         assert float(row[4]) > 0
