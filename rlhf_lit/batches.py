@@ -115,9 +115,10 @@ class Sequences(Record):
         )
 
     def cut_responses(self, budget: int, packed: bool = False) -> list[Tensor]:
-        """Groups of rows of at most ``budget`` tokens: ``cutting.cut_responses``, where rows begin with the same
-        prompt."""
-        return cut_responses(self.lengths.cpu(), *same_prompts(self), budget, packed)
+        """Groups of rows of at most ``budget`` tokens: ``cutting.cut_responses`` where ``packed``, else
+        ``cutting.cut_by_tokens``."""
+        lengths = self.lengths.cpu()
+        return cut_responses(lengths, *same_prompts(self), budget) if packed else cut_by_tokens(lengths, budget)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -41,8 +41,7 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | Non
     Returns:
         Index tensors that partition ``range(rows)``.
     """
-    if budget < 1:
-        raise ValueError(f"micro_batch_tokens must be at least 1, not {budget}")
+    _check(budget)
     order = torch.argsort(lengths if packed is None else packed, descending=True, stable=True)
     before = (sizes if packed is None else packed)[order].cpu().cumsum(0).double()  # sequences, or tokens
     before = torch.cat([torch.zeros(1, dtype=torch.float64), before])
@@ -66,23 +65,22 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | Non
     return [order[start:end] for start, end in pairwise(reversed(cuts))]
 
 
-def cut_responses(lengths: Tensor, leader: Tensor, prompts: Tensor, budget: int, packed: bool = False) -> list[Tensor]:
-    """``cut_by_tokens`` for responses, of which several may answer one prompt.
+def cut_responses(lengths: Tensor, leader: Tensor, prompts: Tensor, budget: int) -> list[Tensor]:
+    """``cut_by_tokens`` for packed responses, where a prompt that several of a group begin with is there once.
 
     Args:
         lengths: [rows] tokens of prompt and response.
         leader, prompts: [rows] the first row that has a row's prompt, and the prompt's tokens
             (``batches.same_prompts``).
         budget: tokens per group; a single row longer than that forms a group of its own.
-        packed: rows stand behind one another, and a prompt that several of a group begin with is there once.
 
     Returns:
         Index tensors that partition ``range(rows)``; where prompts are shared, those of a prompt behind one another, in
         the fewest groups and these as alike as can be.
     """
-    apart = cut_by_tokens(lengths, budget, packed)
-    if not packed or len(leader.unique()) == len(leader):
-        return apart
+    _check(budget)
+    if len(leader.unique()) == len(leader):
+        return cut_by_tokens(lengths, budget, packed=True)
     order = torch.argsort(leader, stable=True)
     rows = list(zip(*(x[order].tolist() for x in (leader, prompts, lengths)), strict=True))
 
@@ -100,6 +98,11 @@ def cut_responses(lengths: Tensor, leader: Tensor, prompts: Tensor, budget: int,
     fewest = len(ends(budget))
     least = bisect_left(range(1, budget), True, key=lambda limit: len(ends(limit)) <= fewest) + 1
     return list(order.tensor_split(ends(least)[:-1]))
+
+
+def _check(budget: int) -> None:
+    if budget < 1:
+        raise ValueError(f"micro_batch_tokens must be at least 1, not {budget}")
 
 
 def no_rows() -> Tensor:

@@ -120,7 +120,7 @@ class FSDP2(_OneFile, ModelParallelStrategy):
 
 class FSDP1(_OneFile, FSDPStrategy):
     """Fully sharded data parallel by flat parameters (FSDP1), all ranks one group. Rollouts and validation have all
-    weights whole. ``fsdp2`` needs less memory and knows 4-bit bases.
+    weights whole, of which ``fsdp2`` does so for sampling alone; and 4-bit bases are for ``fsdp2``.
 
     Args:
         process_group_backend: nccl on GPUs and gloo on the CPU, unless it is set.

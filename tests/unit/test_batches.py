@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import pytest
 import tiny
 import torch
 
@@ -129,3 +130,8 @@ def test_responses_without_a_prompt_in_common_are_cut_as_any_rows() -> None:
     for packed in (False, True):
         found = [group.tolist() for group in rows.cut_responses(16, packed)]
         assert found == [group.tolist() for group in cut_by_tokens(rows.lengths, 16, packed)]
+
+
+def test_a_budget_below_one_is_refused_where_prompts_are_shared() -> None:
+    with pytest.raises(ValueError, match="micro_batch_tokens"):
+        responses((0, 3, 2), (0, 3, 4)).cut_responses(0, packed=True)
