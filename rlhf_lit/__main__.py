@@ -10,25 +10,28 @@ from __future__ import annotations
 import sys
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("train a model: SFT, RewardModel, PPO, RLOO, GRPO, DPO or KTO", "rlhf_lit.cli:main"),
-    "validate": ("losses and accuracies on the validation rows", "rlhf_lit.cli:main"),
-    "test": ("the same on the test rows", "rlhf_lit.cli:main"),
-    "predict": ("completions, or a reward model's scores, to predictions.jsonl", "rlhf_lit.cli:main"),
-    "sweep": ("the arms of a W&B sweep file, without W&B", "rlhf_lit.sweep.command:main"),
-    "memory": ("what a configuration needs, and the largest micro-batch that fits", "rlhf_lit.memory.command:main"),
-    "evaluate": ("win rate, best-of-n, KL and accuracy on pairs", "rlhf_lit.evaluation.command:main"),
-    "report": ("runs and sweeps compared on one page", "rlhf_lit.report.command:main"),
-    "chat": ("talk to a model in the terminal", "rlhf_lit.chat:main"),
+    "fit": ("train a model: SFT, RewardModel, PPO, RLOO, GRPO, DPO or KTO", "rlhf_lit.commands.training:main"),
+    "validate": ("losses and accuracies on the validation rows", "rlhf_lit.commands.training:main"),
+    "test": ("the same on the test rows", "rlhf_lit.commands.training:main"),
+    "predict": ("completions, or a reward model's scores, to predictions.jsonl", "rlhf_lit.commands.training:main"),
+    "sweep": ("the arms of a W&B sweep file, without W&B", "rlhf_lit.commands.sweep:main"),
+    "memory": ("what a configuration needs, and the largest micro-batch that fits", "rlhf_lit.commands.memory:main"),
+    "evaluate": ("win rate, best-of-n, KL and accuracy on pairs", "rlhf_lit.commands.evaluate:main"),
+    "report": ("runs and sweeps compared on one page", "rlhf_lit.commands.report:main"),
+    "chat": ("talk to a model in the terminal", "rlhf_lit.commands.chat:main"),
     "export": (
         "write a trained model for plain transformers or peft, merged or as an adapter",
-        "rlhf_lit.export.command:main",
+        "rlhf_lit.commands.export:main",
     ),
-    "cache": ("what is cached (tokens, log-probs of references), and clearing it", "rlhf_lit.cache:main"),
-    "playground": ("make pairs or ranked lists in the built-in world from a model's samples", "rlhf_lit.pairs:main"),
-    "score": ("a reward model's scores of every row of a file", "rlhf_lit.score:main"),
+    "cache": ("what is cached (tokens, log-probs of references), and clearing it", "rlhf_lit.commands.cache:main"),
+    "playground": (
+        "make pairs or ranked lists in the built-in world from a model's samples",
+        "rlhf_lit.commands.playground:main",
+    ),
+    "score": ("a reward model's scores of every row of a file", "rlhf_lit.commands.score:main"),
     "quickstart": (
         "SFT, reward model, PPO and DPO in the built-in world, with a scoreboard",
-        "rlhf_lit.quickstart:main",
+        "rlhf_lit.commands.quickstart:main",
     ),
 }
 """name → (one line, where its ``main(argv) -> int`` lives)."""

@@ -21,8 +21,8 @@ PATIENCE = 300.0  # seconds that a process may take to reach what it is waited f
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["rlhf_lit.cli", "rlhf_lit.algorithms", "peft", "datasets", "transformers.models.llama.modeling_llama",
-     "transformers.generation.utils"]
+    ["rlhf_lit.commands.training", "rlhf_lit.algorithms", "peft", "datasets",
+     "transformers.models.llama.modeling_llama", "transformers.generation.utils"]
 )  # fmt: skip
 
 

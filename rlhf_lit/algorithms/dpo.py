@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf_lit.algorithms.base import Optimizer, Schedule, Share
+from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share
 from rlhf_lit.algorithms.offline import OfflineAlgorithm, Reference
 from rlhf_lit.batches import PreferenceBatch, Sequences
 from rlhf_lit.errors import UserError
@@ -22,7 +22,7 @@ from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
-from rlhf_lit.models.states import pair_states
+from rlhf_lit.models.packing import pair_states
 from rlhf_lit.rollout.engine import Sampling
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_lit.algorithms.base import Optimizer, Schedule
+from rlhf_lit.algorithms.algorithm import Optimizer, Schedule
 from rlhf_lit.algorithms.on_policy import Estimate, OnPolicy
 from rlhf_lit.batches import PromptBatch, Sequences
 from rlhf_lit.losses.advantages import group_relative
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
-from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.loading import Base
+from rlhf_lit.models.score_pass import Comparison
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.rollout.shaping import Shaping

@@ -12,18 +12,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rlhf_lit.algorithms.base import Optimizer, Schedule, Share
+from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share
 from rlhf_lit.algorithms.offline import OfflineAlgorithm, Reference
-from rlhf_lit.algorithms.writing import SCORING_BUDGET
+from rlhf_lit.algorithms.policy import SCORING_BUDGET
 from rlhf_lit.batches import Sequences, UnpairedBatch
-from rlhf_lit.cutting import cut_by_tokens
+from rlhf_lit.batches.micro_batches import cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import KTOLoss
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
-from rlhf_lit.models.sharding import passes
+from rlhf_lit.parallel.sharding import passes
 from rlhf_lit.rollout.engine import Sampling
 
 

@@ -17,8 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.base import Batch, Optimizer, Schedule, require_no_dropout
-from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
+from rlhf_lit.algorithms.algorithm import Batch, Optimizer, Schedule, require_no_dropout
+from rlhf_lit.algorithms.policy import SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.batches import PromptBatch, Record, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.reductions import row_sums
@@ -26,7 +26,7 @@ from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.models.sharding import whole
+from rlhf_lit.parallel.sharding import whole
 from rlhf_lit.rollout.engine import Sampling
 
 if TYPE_CHECKING:

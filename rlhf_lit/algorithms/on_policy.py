@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.base import Optimizer, Schedule, Share, require_no_dropout
-from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
+from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share, require_no_dropout
+from rlhf_lit.algorithms.policy import SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences
-from rlhf_lit.cutting import no_rows
+from rlhf_lit.batches.micro_batches import no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController, estimate_kl, fixed_point
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.losses.reductions import masked_sum, row_sums, token_weights
-from rlhf_lit.models.comparison import Comparison, compare_with_reference, exact_kl_to_reference
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs, token_logprobs_and_entropy
+from rlhf_lit.models.packing import response_states
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.models.sharding import passes
-from rlhf_lit.models.states import response_states
+from rlhf_lit.models.score_pass import Comparison, compare_with_reference, exact_kl_to_reference
+from rlhf_lit.parallel.sharding import passes
 from rlhf_lit.randomness import reseed
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.record import RolloutRecord, Scores

@@ -16,22 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.base import Optimizer, Schedule, Share
+from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share
 from rlhf_lit.algorithms.on_policy import SCORING_BUDGET, Estimate, OnPolicy
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences
-from rlhf_lit.cutting import no_rows
+from rlhf_lit.batches.micro_batches import no_rows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, ClippedValueLoss
 from rlhf_lit.losses.reductions import masked_sum, moments, whiten
-from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
+from rlhf_lit.models.packing import response_states
 from rlhf_lit.models.roles import Critic
-from rlhf_lit.models.sharding import passes
-from rlhf_lit.models.states import response_states
+from rlhf_lit.models.score_pass import Comparison
+from rlhf_lit.parallel.sharding import passes
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.rollout.shaping import Shaping

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 from torchmetrics.regression import PearsonCorrCoef
 
-from rlhf_lit.algorithms.base import Algorithm, Optimizer, Schedule, Share
+from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, Share
 from rlhf_lit.batches import Comparisons, PreferenceBatch, RankedBatch, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss, list_shares
+from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.heads import reward_bias, sequence_scores
-from rlhf_lit.models.loading import Base, load_scorer, unwrapped
-from rlhf_lit.models.sharding import assign, at_hand, gathered, is_sharded, reshard
-from rlhf_lit.models.states import pair_states
+from rlhf_lit.models.loading import Base, load_scorer
+from rlhf_lit.models.packing import pair_states
+from rlhf_lit.parallel.sharding import assign, at_hand, gathered, is_sharded, reshard
 from rlhf_lit.rollout.rewards import score_sequences
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlhf_lit.algorithms.base import Optimizer, Schedule, Share
-from rlhf_lit.algorithms.writing import WritingAlgorithm
+from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share
+from rlhf_lit.algorithms.policy import WritingAlgorithm
 from rlhf_lit.batches import SupervisedBatch
 from rlhf_lit.losses.reductions import masked_sum
 from rlhf_lit.losses.supervised import NLLLoss

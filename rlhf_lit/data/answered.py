@@ -6,10 +6,11 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_lit.data import ranked_shapes, shapes
-from rlhf_lit.data.reading import Source
+from rlhf_lit.data import ranked_rows
+from rlhf_lit.data import rows as row_shapes
 from rlhf_lit.data.records import check_mapping, columns_of, renamed, without_trees
-from rlhf_lit.data.shapes import BadRow, Turns
+from rlhf_lit.data.rows import BadRow, Turns
+from rlhf_lit.data.sources import Source
 from rlhf_lit.errors import UserError
 
 Kind = Literal["single", "pair", "list"]
@@ -73,25 +74,27 @@ def answered(rows: Sequence[Any], source: Source) -> tuple[Kind, list[Answered |
 
 
 def _kind(columns: Set[str]) -> Kind | None:
-    prompted = bool(columns & {*shapes.PROMPT_COLUMNS, *shapes.CHAT_COLUMNS})
+    prompted = bool(columns & {*row_shapes.PROMPT_COLUMNS, *row_shapes.CHAT_COLUMNS})
     if columns >= {"chosen", "rejected"}:
         return "pair"
-    if prompted and columns & {*shapes.LIST_COLUMNS}:
+    if prompted and columns & {*row_shapes.LIST_COLUMNS}:
         return "list"
-    if columns & {*shapes.CHAT_COLUMNS, "text"} or (prompted and columns & {*shapes.ANSWER_COLUMNS}):
+    if columns & {*row_shapes.CHAT_COLUMNS, "text"} or (prompted and columns & {*row_shapes.ANSWER_COLUMNS}):
         return "single"
     return None
 
 
-def _read(row: shapes.Row, columns: Set[str], kind: Kind) -> tuple[Turns, tuple[Turns, ...], tuple[int, ...] | None]:
+def _read(
+    row: row_shapes.Row, columns: Set[str], kind: Kind
+) -> tuple[Turns, tuple[Turns, ...], tuple[int, ...] | None]:
     if kind == "pair":
-        prompt, chosen, rejected = shapes.preference(row, columns)
+        prompt, chosen, rejected = row_shapes.preference(row, columns)
         return prompt, (chosen, rejected), (0, 1)
     if kind == "single":
-        turns = shapes.demonstration(row, columns)
+        turns = row_shapes.demonstration(row, columns)
         return turns[:-1], (turns[-1:],), None
-    prompt, answers = ranked_shapes.answers(row, columns)
+    prompt, answers = ranked_rows.answers(row, columns)
     if not answers:
         raise BadRow("no answers")
-    ranks = ranked_shapes.ranks_and_ratings(row, columns, len(answers))[0] if ranked_shapes.is_ranked(columns) else None
+    ranks = ranked_rows.ranks_and_ratings(row, columns, len(answers))[0] if ranked_rows.is_ranked(columns) else None
     return prompt, answers, ranks

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rlhf_lit.data.shapes import Message
+from rlhf_lit.data.rows import Message
 from rlhf_lit.errors import UserError
 
 Template = Literal["auto", "tokenizer", "plain", "none"]

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from rlhf_lit import playground
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, PromptBatch, Sequences, SupervisedBatch, UnpairedBatch
-from rlhf_lit.data import playground, records
-from rlhf_lit.data.batching import RolloutLoader
+from rlhf_lit.data import records
 from rlhf_lit.data.chat import Template
+from rlhf_lit.data.loader import RolloutLoader
 from rlhf_lit.data.ranking_module import RankingDataModule
 from rlhf_lit.data.records import OnBadRow, RowReport, Source
 from rlhf_lit.data.text_module import TextDataModule

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from rlhf_lit import playground
 from rlhf_lit.batches import RankedBatch, Sequences
-from rlhf_lit.data import playground, records
+from rlhf_lit.data import records
 from rlhf_lit.data.chat import Template
 from rlhf_lit.data.records import OnBadRow, RowReport, Source
 from rlhf_lit.data.text_module import TextDataModule, say

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from rlhf_lit.data import ranked_shapes, shapes
-from rlhf_lit.data.reading import Source, read_rows
-from rlhf_lit.data.shapes import BadRow, Message
+from rlhf_lit.data import ranked_rows
+from rlhf_lit.data import rows as row_shapes
+from rlhf_lit.data.rows import BadRow, Message
+from rlhf_lit.data.sources import Source, read_rows
 from rlhf_lit.errors import UserError
 
 __all__ = [
@@ -170,13 +171,13 @@ def demonstrations(
 
     def fits(columns: Set[str]) -> bool:
         return bool(
-            columns & {*shapes.CHAT_COLUMNS, "text"}
-            or (columns & {*shapes.PROMPT_COLUMNS} and columns & {*shapes.ANSWER_COLUMNS})
+            columns & {*row_shapes.CHAT_COLUMNS, "text"}
+            or (columns & {*row_shapes.PROMPT_COLUMNS} and columns & {*row_shapes.ANSWER_COLUMNS})
             or columns >= {"chosen", "rejected"}
         )
 
-    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Demonstration:
-        return Demonstration(shapes.demonstration(row, columns), number, raw)
+    def build(row: row_shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Demonstration:
+        return Demonstration(row_shapes.demonstration(row, columns), number, raw)
 
     known = (
         "instruction (+ input) + output or response; prompt + completion; question + answer; messages; conversations; "
@@ -202,8 +203,8 @@ def preferences(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) ->
             "them (configs/dpo/kto.yaml)"
         )
 
-    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Preference:
-        return Preference(*shapes.preference(row, columns), shapes.margin(row, columns), number, raw)
+    def build(row: row_shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Preference:
+        return Preference(*row_shapes.preference(row, columns), row_shapes.margin(row, columns), number, raw)
 
     known = (
         "prompt, question, instruction (+ input), messages or conversations + chosen + rejected; "
@@ -232,14 +233,14 @@ def judged(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) -> tupl
 
     def fits(columns: Set[str]) -> bool:
         return "label" in columns and bool(
-            columns & {*shapes.CHAT_COLUMNS}
-            or (columns & {*shapes.PROMPT_COLUMNS} and columns & {*shapes.ANSWER_COLUMNS})
+            columns & {*row_shapes.CHAT_COLUMNS}
+            or (columns & {*row_shapes.PROMPT_COLUMNS} and columns & {*row_shapes.ANSWER_COLUMNS})
         )
 
-    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Judged:
-        turns = shapes.demonstration(row, columns)
+    def build(row: row_shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Judged:
+        turns = row_shapes.demonstration(row, columns)
         last = max(i for i, turn in enumerate(turns) if turn.role == "user")
-        return Judged(turns[: last + 1], turns[last + 1 :], shapes.label(row), number, raw)
+        return Judged(turns[: last + 1], turns[last + 1 :], row_shapes.label(row), number, raw)
 
     known = (
         "prompt + completion, instruction (+ input) + output, messages or conversations, each with label; "
@@ -264,10 +265,10 @@ def rankings(
     """
 
     def fits(columns: Set[str]) -> bool:
-        return ranked_shapes.is_ranked(columns) or columns >= {"chosen", "rejected"}
+        return ranked_rows.is_ranked(columns) or columns >= {"chosen", "rejected"}
 
-    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Ranking:
-        ranking = Ranking(*ranked_shapes.ranking(row, columns), number, raw)
+    def build(row: row_shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Ranking:
+        ranking = Ranking(*ranked_rows.ranking(row, columns), number, raw)
         if most is not None and len(ranking.answers) > most:
             raise BadRow(f"more than {most} answers")
         return ranking
@@ -285,7 +286,7 @@ def without_trees(rows: Sequence[Any]) -> tuple[list[Any], list[int]]:
     lists = [
         (found, number)
         for number, row in enumerate(rows)
-        for found in (ranked_shapes.lists_of_tree(row) if ranked_shapes.is_tree(row) else [row])
+        for found in (ranked_rows.lists_of_tree(row) if ranked_rows.is_tree(row) else [row])
     ]
     return [row for row, _ in lists], [number for _, number in lists]
 
@@ -298,10 +299,10 @@ def prompts(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) -> tup
     """
 
     def fits(columns: Set[str]) -> bool:
-        return bool(columns & {*shapes.PROMPT_COLUMNS, *shapes.CHAT_COLUMNS, "chosen", "text"})
+        return bool(columns & {*row_shapes.PROMPT_COLUMNS, *row_shapes.CHAT_COLUMNS, "chosen", "text"})
 
-    def build(row: shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Prompt:
-        return Prompt(shapes.prompt(row, columns), number, raw)
+    def build(row: row_shapes.Row, columns: Set[str], number: int, raw: dict[str, Any]) -> Prompt:
+        return Prompt(row_shapes.prompt(row, columns), number, raw)
 
     known = "prompt; question; instruction (+ input); messages; conversations; text; chosen as a whole dialogue"
     return _collect(rows, source, on_bad_row, fits, build, f"prompts ({known})")
@@ -312,7 +313,7 @@ def _collect(
     source: Source,
     on_bad_row: OnBadRow,
     fits: Callable[[Set[str]], bool],
-    build: Callable[[shapes.Row, Set[str], int, dict[str, Any]], R],
+    build: Callable[[row_shapes.Row, Set[str], int, dict[str, Any]], R],
     wanted: str,
     numbers: Sequence[int] | None = None,
 ) -> tuple[list[R], RowReport]:
@@ -322,7 +323,7 @@ def _collect(
     check_mapping(source, found)
     if not fits(columns):
         shown = ", ".join(sorted(map(str, found))) or "(none)"
-        if ranked_shapes.is_ranked(columns) or any(map(ranked_shapes.is_tree, rows)):
+        if ranked_rows.is_ranked(columns) or any(map(ranked_rows.is_tree, rows)):
             raise UserError(
                 f"{source.path}: columns {shown} are ranked lists of answers, which RankingDataModule reads for a "
                 f"RewardModel; here {wanted} are needed"
@@ -362,9 +363,9 @@ def columns_of(rows: Sequence[Any], source: Source) -> tuple[set[str], set[str]]
 def check_mapping(source: Source, found: Set[str]) -> None:
     """Refuse a ``columns`` that names what we or the file do not know. Raises UserError."""
     for ours, theirs in source.columns.items():
-        if ours not in shapes.KNOWN_COLUMNS:
+        if ours not in row_shapes.KNOWN_COLUMNS:
             raise UserError(
-                f"{source.path}: columns names '{ours}', which is none of {', '.join(sorted(shapes.KNOWN_COLUMNS))}"
+                f"{source.path}: columns names '{ours}', which is none of {', '.join(sorted(row_shapes.KNOWN_COLUMNS))}"
             )
         if theirs not in found:
             raise UserError(

@@ -20,6 +20,7 @@ import xxhash
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf_lit import playground
 from rlhf_lit.batches import (
     ExperienceBatch,
     PreferenceBatch,
@@ -30,9 +31,9 @@ from rlhf_lit.batches import (
     SupervisedBatch,
     UnpairedBatch,
 )
-from rlhf_lit.data import playground, records
-from rlhf_lit.data.batching import BatchLoader
+from rlhf_lit.data import records
 from rlhf_lit.data.chat import ChatFormat, Template
+from rlhf_lit.data.loader import BatchLoader
 from rlhf_lit.data.records import OnBadRow, RowReport, Source
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
 from rlhf_lit.errors import UserError

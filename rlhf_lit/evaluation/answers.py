@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_lit import playground
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.batches import Sequences
-from rlhf_lit.data import playground, records
+from rlhf_lit.data import records
 from rlhf_lit.data.chat import ChatFormat, Template
 from rlhf_lit.data.modules import playground_rows
 from rlhf_lit.data.records import Demonstration, Message, OnBadRow, Prompt, RowReport, Source
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import draw, prompt_text
-from rlhf_lit.models.loading import context_length
+from rlhf_lit.models.anatomy import context_length
 from rlhf_lit.rollout.rewards import RewardSource, shown
 
 

@@ -12,16 +12,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from rlhf_lit.algorithms.policy import EVALUATION, SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.algorithms.writing import EVALUATION, SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.batches import PromptBatch
-from rlhf_lit.data.reading import is_local_file
 from rlhf_lit.data.records import Source
+from rlhf_lit.data.sources import is_local_file
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.answers import Answers, Judge, read_answers
 from rlhf_lit.evaluation.divergence import kl_per_response
 from rlhf_lit.evaluation.win_rate import wins
-from rlhf_lit.models.loading import Base, context_length
+from rlhf_lit.models.anatomy import context_length
+from rlhf_lit.models.loading import Base
 from rlhf_lit.rollout.rewards import RewardSource
 
 # Streams of sampling noise, apart from each other and from every rollout's and validation's.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_lit.algorithms.writing import WritingAlgorithm
+from rlhf_lit.algorithms.policy import WritingAlgorithm
 from rlhf_lit.batches import Sequences
-from rlhf_lit.cutting import cut_by_tokens, no_rows
+from rlhf_lit.batches.micro_batches import cut_by_tokens, no_rows
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import SCORING_TOKENS
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.comparison import compare_with_reference
-from rlhf_lit.models.sharding import passes
+from rlhf_lit.models.score_pass import compare_with_reference
+from rlhf_lit.parallel.sharding import passes
 
 
 @torch.no_grad()

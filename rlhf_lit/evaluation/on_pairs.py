@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.cutting import cut_by_tokens
+from rlhf_lit.batches.micro_batches import cut_by_tokens
 from rlhf_lit.data.records import Source
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.pairs import Score, pair_report, read_contests, score_contests
 from rlhf_lit.evaluation.report import Evaluation
 from rlhf_lit.evaluation.setup import Setup, is_reward_model
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.loading import context_length, load_scorer, load_tokenizer
+from rlhf_lit.models.anatomy import context_length
+from rlhf_lit.models.loading import load_scorer, load_tokenizer
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.rollout.rewards import score_sequences
 

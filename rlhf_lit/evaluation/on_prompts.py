@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_lit.data.chat import ChatFormat
-from rlhf_lit.data.reading import is_local_file
 from rlhf_lit.data.records import Prompt, RowReport, Source
+from rlhf_lit.data.sources import is_local_file
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.answers import Answers, Judge, fitting, read_answers, read_prompts, sampled
 from rlhf_lit.evaluation.best_of_n import best_of_n_curve

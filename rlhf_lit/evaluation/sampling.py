@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlhf_lit.algorithms.writing import WritingAlgorithm
+from rlhf_lit.algorithms.policy import WritingAlgorithm
 from rlhf_lit.batches import PromptBatch, Sequences
 from rlhf_lit.data.chat import ChatFormat, Template
 from rlhf_lit.data.records import Message

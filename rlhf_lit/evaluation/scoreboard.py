@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_lit import playground
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.data import playground
 from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation.best_of_n import best_of_n_kl
 from rlhf_lit.evaluation.divergence import kl_per_response

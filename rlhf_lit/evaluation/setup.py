@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from rlhf_lit import playground
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.data import playground
 from rlhf_lit.data.chat import Template
 from rlhf_lit.data.records import OnBadRow
 from rlhf_lit.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf_lit.export.comparison import Difference
 from rlhf_lit.export.trained import Trained
-from rlhf_lit.recording import environment
+from rlhf_lit.trainer.callbacks import environment
 
 
 def model_card(found: Trained, title: str, holds: str, whole: bool, difference: Difference) -> str:

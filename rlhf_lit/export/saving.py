@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.reward_model import RewardModel
+from rlhf_lit.models.anatomy import is_wrapped, unwrapped
 from rlhf_lit.models.heads import reward_bias
-from rlhf_lit.models.loading import is_wrapped, unwrapped
 
 
 def save_hf(module: Algorithm, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

@@ -13,8 +13,9 @@ import yaml
 from torch import nn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.foundation import Foundation
-from rlhf_lit.models.loading import Base, Dtype, load_causal_lm, load_scorer, stored_bias, unwrapped
+from rlhf_lit.models.loading import Base, Dtype, load_causal_lm, load_scorer, stored_bias
 from rlhf_lit.runs import EXPORT, resolve_model
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from rlhf_lit.algorithms.base import Algorithm
-from rlhf_lit.cli_errors import Phase, is_out_of_memory
+from rlhf_lit.algorithms.algorithm import Algorithm
+from rlhf_lit.commands.parser_errors import Phase, is_out_of_memory
 from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.memory.gauges import CudaBytes, Gauge, LiveBytes
 from rlhf_lit.memory.measurement import Measurement, Watch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from rlhf_lit.cli_errors import Phase
+from rlhf_lit.commands.parser_errors import Phase
 from rlhf_lit.memory.gauges import Gauge, tensors_of
 
 

@@ -10,11 +10,11 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
+from rlhf_lit.algorithms.policy import SCORING_BUDGET
 from rlhf_lit.algorithms.ppo import PPO
-from rlhf_lit.algorithms.writing import SCORING_BUDGET
 from rlhf_lit.batches import (
     PreferenceBatch,
     PromptBatch,
@@ -34,7 +34,7 @@ from rlhf_lit.data.modules import (
 )
 from rlhf_lit.errors import UserError
 from rlhf_lit.memory.measurement import Measurement
-from rlhf_lit.models.loading import context_length, unwrapped
+from rlhf_lit.models.anatomy import context_length, unwrapped
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Samples, sample
 from rlhf_lit.rollout.rewards import RewardFromModel, RewardSource, RewardSum

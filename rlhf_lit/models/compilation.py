@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rlhf_lit.models.loading import decoder_layers
+from rlhf_lit.models.anatomy import decoder_layers
 
 
 def compile_layers(module: nn.Module) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import decoder_layers
+from rlhf_lit.models.anatomy import decoder_layers
 
 # What FSDP1 puts between the names of a unit and of what is in it.
 UNIT = "_fsdp_wrapped_module"

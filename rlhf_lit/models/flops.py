@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
+from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.flat import plain_name
-from rlhf_lit.models.loading import unwrapped
-from rlhf_lit.models.sharding import whole_shape
+from rlhf_lit.parallel.sharding import whole_shape
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.models.states import sequence_states
+from rlhf_lit.models.packing import sequence_states
 
 
 def scalar_head(width: int) -> nn.Linear:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.foundation import Foundation, fingerprint
 from rlhf_lit.runs import resolve_model
 
@@ -110,19 +110,6 @@ class Base:
         return str(Path(self.folder).absolute()) if Path(self.folder).is_dir() else self.folder
 
 
-def attends_to_everything(inner: Any) -> bool:
-    """Whether all layers of a model are attention over all tokens before, with keys and values that may be cut off."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    layers = DynamicCache(config=inner.config).layers
-    return all(type(layer) is DynamicLayer for layer in layers)
-
-
-def context_length(model: nn.Module) -> int | None:
-    """The longest sequence a model was made for; None where its config does not say."""
-    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
-
-
 def _adapter_config(base: Base) -> dict[str, Any] | None:
     """The adapter configuration of a folder or hub repository that holds an adapter, else None."""
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -186,32 +173,6 @@ def stored_bias(folder: str) -> float | None:
     """The constant that a reward model's folder adds to its scores; None where it names none."""
     file = Path(folder) / "reward.json"
     return float(json.loads(file.read_text())["bias"]) if file.is_file() else None
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether a model stands in a PEFT wrapper. None does where peft was never imported, which takes longer than to
-    start a run without it."""
-    peft = sys.modules.get("peft")
-    return peft is not None and isinstance(model, peft.PeftModel)
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself; adapters stay in force."""
-    inner: Any = model
-    return inner.get_base_model() if is_wrapped(model) else inner
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers of a transformers model that its kind names as units."""
-    kinds = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
-
-
-def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
-    """The tokens that end a response: the tokenizer's EOS, and those of the model's own generation config."""
-    own = unwrapped(model).generation_config.eos_token_id if hasattr(unwrapped(model), "generation_config") else None
-    ids = [own] if isinstance(own, int) else list(own or [])
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *ids]))
 
 
 def _load(base: Base, auto_class: str, extra: dict[str, Any], frozen: bool = False) -> nn.Module:
@@ -373,7 +334,7 @@ def _same_adapter(lora: LoRA, adapter: dict[str, Any]) -> bool:
 def _check_head(model: nn.Module) -> None:
     """Our hidden states → LM head path must give the model's own logits, or log-probs would be silently wrong."""
     from rlhf_lit.models.logprobs import logits
-    from rlhf_lit.models.states import hidden_states
+    from rlhf_lit.models.packing import hidden_states
 
     tokens = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
     with torch.no_grad():

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.models.loading import unwrapped
-from rlhf_lit.models.states import sequence_states
+from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.packing import sequence_states
 
 # Logits held at once: 2^24 floats are 64 MiB, 110 positions of a 150 000-token vocabulary.
 CHUNK_LOGITS = 2**24

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import unwrapped
+from rlhf_lit.models.anatomy import unwrapped
 
 ADAPTER = "default"  # the policy's, as ``Roles`` names it
 

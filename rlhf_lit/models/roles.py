@@ -21,20 +21,13 @@ from torch import nn
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.anatomy import is_wrapped, unwrapped
 from rlhf_lit.models.flat import plain_name
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
-from rlhf_lit.models.loading import (
-    Base,
-    holds_adapter,
-    is_wrapped,
-    load_causal_lm,
-    load_scorer,
-    stored_bias,
-    unwrapped,
-)
-from rlhf_lit.models.sharding import blend
+from rlhf_lit.models.loading import Base, holds_adapter, load_causal_lm, load_scorer, stored_bias
+from rlhf_lit.parallel.sharding import blend
 
 # "policy", "reference", "value", or what ``add_reward`` returns.
 Role = str

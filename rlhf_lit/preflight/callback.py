@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
+from rlhf_lit.algorithms.policy import SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.algorithms.writing import SCORING_BUDGET, WritingAlgorithm
 from rlhf_lit.batches import (
     PreferenceBatch,
     PromptBatch,
@@ -29,13 +29,13 @@ from rlhf_lit.batches import (
     SupervisedBatch,
     UnpairedBatch,
 )
-from rlhf_lit.cutting import cut_by_tokens
+from rlhf_lit.batches.micro_batches import cut_by_tokens
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.comparison import Comparison, compare_with_reference
-from rlhf_lit.models.loading import stop_ids
-from rlhf_lit.models.sharding import at_hand, is_sharded, reshard
+from rlhf_lit.models.anatomy import stop_ids
+from rlhf_lit.models.score_pass import Comparison, compare_with_reference
+from rlhf_lit.parallel.sharding import at_hand, is_sharded, reshard
 from rlhf_lit.preflight.check import VERDICTS, Check, show, tolerance_of
 from rlhf_lit.preflight.models import (
     absolute,

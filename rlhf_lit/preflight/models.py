@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch, UnpairedBatch
-from rlhf_lit.cutting import cut_by_tokens
+from rlhf_lit.batches.micro_batches import cut_by_tokens
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.comparison import Comparison
-from rlhf_lit.models.loading import context_length, unwrapped
+from rlhf_lit.models.anatomy import context_length, unwrapped
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.models.sharding import assign, gathered
+from rlhf_lit.models.score_pass import Comparison
+from rlhf_lit.parallel.sharding import assign, gathered
 from rlhf_lit.preflight.check import Check, and_more, judge, tolerance_of
 
 EXTRA_COLUMNS = 8  # padding added to see whether it changes anything

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from rlhf_lit.models.loading import unwrapped
+from rlhf_lit.models.anatomy import unwrapped
 
 # Part of the digest: raise it when the same model would give other log-probs.
 VERSION = 1

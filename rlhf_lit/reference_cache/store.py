@@ -21,7 +21,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.cutting import cut_by_tokens
+from rlhf_lit.batches.micro_batches import cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.reference_cache import catalogue, progress, segments
 from rlhf_lit.reference_cache.identity import ReferenceIdentity, in_words

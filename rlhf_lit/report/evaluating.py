@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_lit import playground
 from rlhf_lit import runs as run_folders
-from rlhf_lit.data import playground
+from rlhf_lit.commands.evaluate import evaluate, in_words
 from rlhf_lit.data.chat import Template
 from rlhf_lit.data.records import OnBadRow, Source
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.answers import read_prompts
-from rlhf_lit.evaluation.command import evaluate, in_words
 from rlhf_lit.models.loading import Base
 from rlhf_lit.report.evaluations import FOLDER, evaluations_of, kind_of
 from rlhf_lit.report.reading import Run

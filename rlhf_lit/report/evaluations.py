@@ -14,9 +14,9 @@ import numpy as np
 
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.estimates import Array
+from rlhf_lit.files import short_path
 from rlhf_lit.report.reading import LeftOut, Run, read_lines
 from rlhf_lit.runs import EXPORT
-from rlhf_lit.tracking import short_path
 
 FOLDER = "evaluation"  # of a run's folder; a version for each evaluation that a report has made
 RESULT = "evaluation.json"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rlhf_lit.errors import UserError
-from rlhf_lit.tracking import short_path
+from rlhf_lit.files import short_path
 
 PAGE = "report.html"
 FIGURES = "figures"

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.files import short_path
 from rlhf_lit.report.metrics import Series, read_metrics
 from rlhf_lit.runs import EXPORT, versions
 from rlhf_lit.sweep.records import Folder, read_arms
-from rlhf_lit.tracking import short_path
 
 
 @dataclass(frozen=True)

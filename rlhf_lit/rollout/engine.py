@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.models.loading import attends_to_everything, unwrapped
+from rlhf_lit.models.anatomy import attends_to_everything, unwrapped
 from rlhf_lit.randomness import gumbel_noise
 
 

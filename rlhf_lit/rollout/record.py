@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_lit.batches import ExperienceBatch, PromptBatch
 from rlhf_lit.losses.reductions import masked_sum, row_sums
-from rlhf_lit.models.comparison import Comparison
+from rlhf_lit.models.score_pass import Comparison
 from rlhf_lit.rollout.engine import Samples
 
 OverRanks = Callable[[Tensor], Tensor]

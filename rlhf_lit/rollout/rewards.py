@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.cutting import no_rows
+from rlhf_lit.batches.micro_batches import no_rows
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.heads import reward_bias, sequence_scores
-from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer, unwrapped
+from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer
+from rlhf_lit.models.packing import packs, response_states
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.models.sharding import passes
-from rlhf_lit.models.states import packs, response_states
+from rlhf_lit.parallel.sharding import passes
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
 

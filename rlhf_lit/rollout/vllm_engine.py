@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import Dtype, unwrapped
+from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.loading import Dtype
 from rlhf_lit.models.merging import merged_weights
 from rlhf_lit.rollout.engine import Samples, Sampling
 

@@ -10,9 +10,9 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
-from rlhf_lit.cli import RunCLI
-from rlhf_lit.cli import main as run_command
-from rlhf_lit.cli_errors import check_keys, read_configs, read_options
+from rlhf_lit.commands.parser_errors import check_keys, read_configs, read_options
+from rlhf_lit.commands.training import RunCLI
+from rlhf_lit.commands.training import main as run_command
 from rlhf_lit.errors import UserError
 
 ITS_OWN = ("name", "runs", "ckpt_path")

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.files import replace_file
 from rlhf_lit.runs import has_checkpoint, newest_checkpoint, versions
-from rlhf_lit.tracking import replace_file
 
 SWEEP, CALL, RECORD, RESOLVED, LOG, LOCK = "sweep.yaml", "sweep.json", "arm.json", "config.json", "log.txt", ".lock"
 LONGEST_NAME = 100  # characters of an arm's name

@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.files import short_path
 from rlhf_lit.sweep import check
 from rlhf_lit.sweep.file import SweepFile
 from rlhf_lit.sweep.processes import Process, end, environment, visible_gpus
 from rlhf_lit.sweep.records import LOG, Arm, Call, Folder, arm_name, last_value, number_of, read_arms
-from rlhf_lit.tracking import short_path
 
 POLL = 0.1  # seconds between two looks at the running arms
 

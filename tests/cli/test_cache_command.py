@@ -71,7 +71,7 @@ def test_what_is_cached_is_listed(command: Callable, cache: Path) -> None:
 
 
 def test_the_folder_is_that_of_the_runs(command: Callable, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_lit.cache import DEFAULT
+    from rlhf_lit.commands.cache import DEFAULT
     from rlhf_lit.data.modules import SFTDataModule
 
     assert SFTDataModule().cache == DEFAULT

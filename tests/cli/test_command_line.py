@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from rlhf_lit.__main__ import COMMANDS
-from rlhf_lit.tracking import LiveProgress, PlainProgress, progress_bar
+from rlhf_lit.trainer.progress import LiveProgress, PlainProgress, progress_bar
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = ROOT / "configs" / "overlays"
@@ -479,7 +479,7 @@ def test_wandb_without_an_account_records_offline(run, place, no_wandb_account, 
 def test_an_unreachable_wandb_does_not_end_the_run(run, place, no_wandb_account):
     no_wandb_account.setenv("WANDB_API_KEY", "0" * 40)
     no_wandb_account.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    no_wandb_account.setattr("rlhf_lit.tracking.INIT_TIMEOUT", 3.0)
+    no_wandb_account.setattr("rlhf_lit.trainer.loggers.INIT_TIMEOUT", 3.0)
     answer = run("fit", *SHORT)
     assert answer.status == 0, answer.err
     assert answer.err.count("warning: W&B is not reachable") == 1

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback
 
 from rlhf_lit.algorithms import PPO, SFT
-from rlhf_lit.algorithms.base import Share
-from rlhf_lit.cli_errors import is_out_of_memory
+from rlhf_lit.algorithms.algorithm import Share
+from rlhf_lit.commands.parser_errors import is_out_of_memory
 
 TOO_MUCH = 2**60
 

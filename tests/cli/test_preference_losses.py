@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_folders import save_small_model
 
-from rlhf_lit.data import playground
+from rlhf_lit import playground
 
 ROOT = Path(__file__).parents[2]
 # Those whose names are of models are the same losses on other data.

@@ -37,10 +37,10 @@ from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import Estimator, FixedKL, estimate_kl
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss, RobustDPOLoss
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.comparison import Comparison
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
+from rlhf_lit.models.score_pass import Comparison
 from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel
 

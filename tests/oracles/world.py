@@ -18,8 +18,8 @@ from table import number
 from torch import Tensor
 
 from rlhf_lit.algorithms import PPO
-from rlhf_lit.algorithms.base import Optimizer
-from rlhf_lit.algorithms.writing import WritingAlgorithm
+from rlhf_lit.algorithms.algorithm import Optimizer
+from rlhf_lit.algorithms.policy import WritingAlgorithm
 from rlhf_lit.batches import PromptBatch, Sequences
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.records import Source

@@ -24,7 +24,7 @@ import yaml
 
 from rlhf_lit import quickstart
 from rlhf_lit.__main__ import TRAINING, main
-from rlhf_lit.cli import Parser
+from rlhf_lit.commands.training import Parser
 from rlhf_lit.data import records
 from rlhf_lit.errors import UserError
 

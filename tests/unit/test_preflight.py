@@ -16,18 +16,18 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
+from rlhf_lit import playground
 from rlhf_lit.algorithms import DPO, GRPO, PPO, RLOO, SFT, RewardModel
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.batches import PromptBatch, Sequences
-from rlhf_lit.data import playground
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule, TextDataModule
-from rlhf_lit.data.playground import World
 from rlhf_lit.data.records import Source
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss
 from rlhf_lit.models.loading import PLAYGROUND, Base, LoRA, load_tokenizer
 from rlhf_lit.models.roles import Critic
+from rlhf_lit.playground import World
 from rlhf_lit.preflight.callback import ANSWER_TOKENS, Preflight, checks, merged
 from rlhf_lit.preflight.check import Check, show
 from rlhf_lit.preflight.tokens import one_bos
@@ -640,7 +640,7 @@ def test_a_failed_check_stops_the_run_before_its_first_batch(
         raise Loaded
         yield
 
-    monkeypatch.setattr("rlhf_lit.data.batching.BatchLoader.__iter__", refuse)
+    monkeypatch.setattr("rlhf_lit.data.loader.BatchLoader.__iter__", refuse)
     with pytest.raises(UserError) as stop:
         fit(module, data, tmp_path)
     line = str(stop.value)

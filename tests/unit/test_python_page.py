@@ -16,7 +16,7 @@ from rlhf_lit.algorithms import SFT
 from rlhf_lit.data.modules import SFTDataModule
 from rlhf_lit.data.records import Source
 from rlhf_lit.models.loading import PLAYGROUND, Base, load_causal_lm
-from rlhf_lit.recording import Checkpoint
+from rlhf_lit.trainer.callbacks import Checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 SETTINGS: dict[str, Any] = {

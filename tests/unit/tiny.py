@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.algorithms import PPO
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.batches import (
     ExperienceBatch,

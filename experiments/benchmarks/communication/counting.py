@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_lit.models.sharding import whole_shape
+from rlhf_lit.parallel.sharding import whole_shape
 
 
 class _Collectives(TorchDispatchMode):

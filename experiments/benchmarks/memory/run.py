@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from rlhf_lit.algorithms import DPO, PPO, SFT, RewardModel
-from rlhf_lit.algorithms.base import Algorithm, Optimizer
-from rlhf_lit.cli import hush
+from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer
+from rlhf_lit.commands.training import hush
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule, TextDataModule
 from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.kl import FixedKL

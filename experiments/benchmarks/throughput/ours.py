@@ -33,7 +33,7 @@ from experiments.benchmarks.throughput.workload import (
     random_rows,
 )
 from rlhf_lit.algorithms import DPO, PPO, SFT, RewardModel
-from rlhf_lit.algorithms.base import Algorithm, Schedule
+from rlhf_lit.algorithms.algorithm import Algorithm, Schedule
 from rlhf_lit.algorithms.offline import Reference
 from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from rlhf_lit.algorithms import DPO, SFT, RewardModel
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
+from rlhf_lit.commands.export import export
 from rlhf_lit.errors import UserError
-from rlhf_lit.export.command import export
 from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.preference import DPOLoss
-from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm, load_scorer, load_tokenizer, unwrapped
+from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm, load_scorer, load_tokenizer
 from rlhf_lit.rollout.rewards import score_sequences
 
 LORAS = pytest.mark.parametrize("lora", [None, LoRA(rank=4)], ids=["full", "lora"])
@@ -439,7 +440,7 @@ def test_a_failure_leaves_nothing_and_a_kill_nothing_under_the_name(
         seen.append((folder.parent == tmp_path, (tmp_path / "out").exists()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlhf_lit.export.command.write_model", torn)
+    monkeypatch.setattr("rlhf_lit.commands.export.write_model", torn)
     with pytest.raises(KeyboardInterrupt):
         export(str(adapters / "lora"), to=str(tmp_path / "out"))
     assert seen == [(True, False)]  # beside the folder, which is not there while it is written

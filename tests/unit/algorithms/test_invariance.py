@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from rlhf_lit.algorithms import DPO, GRPO, KTO, RLOO, SFT, RewardModel
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.batches import Sequences
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss

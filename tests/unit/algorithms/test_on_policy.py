@@ -15,8 +15,9 @@ from rlhf_lit.batches import ExperienceBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
+from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.heads import token_values
-from rlhf_lit.models.loading import Base, LoRA, unwrapped
+from rlhf_lit.models.loading import Base, LoRA
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import MissingEOS, RewardFromFunction, RewardSource
@@ -423,7 +424,11 @@ def test_a_prompt_with_several_responses_is_computed_once(
     alike = tiny.Step(module, batch)
     asked = tiny.prompts(3).prompts.lengths.sum() + batch.sequences.mask.sum()
     assert shapes == [(1, int(asked))] * 2
-    for place in ("rlhf_lit.algorithms.base.packs", "rlhf_lit.models.states.packs", "rlhf_lit.rollout.rewards.packs"):
+    for place in (
+        "rlhf_lit.algorithms.algorithm.packs",
+        "rlhf_lit.models.packing.packs",
+        "rlhf_lit.rollout.rewards.packs",
+    ):
         monkeypatch.setattr(place, lambda model: False)
     again = module.rollout(prompts, 0)
     assert torch.equal(again.sequences.tokens, batch.sequences.tokens)

@@ -15,7 +15,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from rlhf_lit.algorithms import DPO, KTO
-from rlhf_lit.algorithms.base import Schedule
+from rlhf_lit.algorithms.algorithm import Schedule
 from rlhf_lit.algorithms.offline import OfflineAlgorithm, Reference, ReferenceUpdate
 from rlhf_lit.data.modules import PreferenceDataModule, UnpairedDataModule
 from rlhf_lit.data.records import Source

@@ -17,8 +17,9 @@ from rlhf_lit.batches import PreferenceBatch, RankedBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.export.saving import save_hf
 from rlhf_lit.export.trained import Trained
+from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.heads import sequence_scores
-from rlhf_lit.models.loading import Base, LoRA, load_scorer, unwrapped
+from rlhf_lit.models.loading import Base, LoRA, load_scorer
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.rollout.rewards import score_sequences
 
@@ -169,7 +170,7 @@ def test_training_goes_on_from_the_head_as_it_was_trained(llama: str, monkeypatc
     fresh = tiny.build(RewardModel(Base(name=llama), unit_variance=True))
     fresh.on_load_checkpoint(checkpoint)
     fresh.load_state_dict(checkpoint["state_dict"], strict=False)
-    monkeypatch.setattr("rlhf_lit.algorithms.base.Algorithm.on_train_start", lambda self: None)
+    monkeypatch.setattr("rlhf_lit.algorithms.algorithm.Algorithm.on_train_start", lambda self: None)
     for going_on in (module, fresh):
         assert not torch.equal(unwrapped(going_on.scorer).score.weight, trained["scorer.score.weight"])
         going_on.on_train_start()

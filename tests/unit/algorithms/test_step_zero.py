@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from rlhf_lit.algorithms import DPO, KTO
-from rlhf_lit.algorithms.base import Optimizer
+from rlhf_lit.algorithms.algorithm import Optimizer
 from rlhf_lit.losses.preference import (
     APODownLoss,
     APOZeroLoss,

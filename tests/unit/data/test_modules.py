@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from rlhf_lit.batches import PreferenceBatch, SupervisedBatch
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule, TextDataModule
-from rlhf_lit.data.playground import World
 from rlhf_lit.data.records import Source
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import PLAYGROUND
+from rlhf_lit.playground import World
 
 ROWS = [{"prompt": f"what is {i} plus {i}?", "completion": f"it is {2 * i}."} for i in range(20)]
 PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"no, {i}"} for i, row in enumerate(ROWS)]

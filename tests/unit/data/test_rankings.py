@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 from rlhf_lit.batches import PreferenceBatch, RankedBatch
 from rlhf_lit.data.chat import Encoded
 from rlhf_lit.data.modules import RankingDataModule
-from rlhf_lit.data.playground import World, gold_reward, preference_pairs, prompts, ranked_lists
 from rlhf_lit.data.records import Ranking, Source, demonstrations, preferences, rankings, read_rows
 from rlhf_lit.data.truncation import truncate_group
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import PLAYGROUND
+from rlhf_lit.playground import World, gold_reward, preference_pairs, prompts, ranked_lists
 
 TREE = {
     "message_tree_id": "a",

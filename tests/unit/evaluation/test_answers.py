@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 
+from rlhf_lit import playground
 from rlhf_lit.batches import Sequences
-from rlhf_lit.data import playground
 from rlhf_lit.data.chat import ChatFormat
 from rlhf_lit.data.records import Source
 from rlhf_lit.errors import UserError

@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
+from rlhf_lit import playground
 from rlhf_lit.algorithms import RewardModel
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.data import playground
 from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation import scoreboard as board
 from rlhf_lit.evaluation.divergence import kl_per_response

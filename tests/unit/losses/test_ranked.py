@@ -8,7 +8,7 @@ import torch
 
 from rlhf_lit.algorithms import RewardModel
 from rlhf_lit.batches import PreferenceBatch, RankedBatch, Sequences
-from rlhf_lit.cutting import cut_groups
+from rlhf_lit.batches.micro_batches import cut_groups
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
 from rlhf_lit.models.loading import Base
 

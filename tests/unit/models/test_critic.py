@@ -11,8 +11,9 @@ from rlhf_lit.algorithms import RewardModel
 from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.errors import UserError
 from rlhf_lit.export.saving import save_hf
+from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.heads import sequence_scores, token_values
-from rlhf_lit.models.loading import Base, Dtype, LoRA, Quantization, unwrapped
+from rlhf_lit.models.loading import Base, Dtype, LoRA, Quantization
 from rlhf_lit.rollout.rewards import RewardFromModel
 
 

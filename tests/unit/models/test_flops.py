@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_lit.algorithms import DPO, KTO, SFT, RewardModel
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import Reference
 from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, SupervisedBatch, UnpairedBatch

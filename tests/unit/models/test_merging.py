@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm, unwrapped
+from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
 from rlhf_lit.models.merging import merged_weights
 from rlhf_lit.models.roles import Roles
 

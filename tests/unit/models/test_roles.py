@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lit.algorithms import DPO, SFT, RewardModel
-from rlhf_lit.algorithms.base import Algorithm
+from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.errors import UserError
 from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.preference import DPOLoss

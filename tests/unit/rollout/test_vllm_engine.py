@@ -19,7 +19,7 @@ from vllm_double import CompletionOutput, Logprob, RequestOutput
 
 from rlhf_lit.algorithms import GRPO, PPO, RLOO, on_policy
 from rlhf_lit.batches import Sequences
-from rlhf_lit.cli_errors import out_of_memory
+from rlhf_lit.commands.parser_errors import out_of_memory
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.records import Source
 from rlhf_lit.errors import UserError

@@ -1,0 +1,114 @@
+"""What the algorithms that write text share: answering prompts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule
+from rlhf_lit.batches import PromptBatch
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.anatomy import context_length, stop_ids
+from rlhf_lit.models.loading import Base
+from rlhf_lit.models.roles import Roles
+from rlhf_lit.parallel.sharding import is_sharded, whole
+from rlhf_lit.randomness import derive_seed, row_keys
+from rlhf_lit.rollout.engine import Engine, Samples, Sampling, sample
+from rlhf_lit.rollout.rewards import shown
+
+# The stream of sampling noise for validation, predictions and samples: apart from every rollout's.
+EVALUATION = 2**31
+# A pass without gradients keeps no activations, so more padded tokens fit than in a training micro-batch.
+SCORING_BUDGET = 4
+
+
+class WritingAlgorithm(Algorithm):
+    """An algorithm with a policy that answers prompts.
+
+    Args:
+        base, learning_rate, optimizer, schedule: see ``Algorithm``.
+        sampling: how responses are drawn.
+    """
+
+    def __init__(
+        self, base: Base, learning_rate: float, optimizer: Optimizer, schedule: Schedule, sampling: Sampling
+    ) -> None:
+        super().__init__(base, learning_rate, optimizer, schedule)
+        self.sampling = sampling
+        self.engine: Engine = sample
+        self.roles: Roles
+
+    def respond(self, prompts: PromptBatch, stream: int = EVALUATION) -> Samples:
+        """One response per row, drawn with noise keyed by (seed, stream, prompt index, sample).
+
+        Args:
+            prompts: what to answer.
+            stream: keeps one round of sampling apart from another: the number of the rollout, in training.
+
+        Raises:
+            UserError: a prompt and its response may be longer than the model's context.
+        """
+        if not len(prompts):
+            with self.roles.acting("policy") as model, whole(model):  # with the ranks that have some
+                nothing = prompts.prompts
+                return Samples(nothing, torch.zeros(nothing.tokens.shape, device=self.device), nothing.lengths.bool())
+        row = int(prompts.prompts.lengths.argmax())
+        longest = int(prompts.prompts.lengths[row]) + self.sampling.max_new_tokens
+        context = context_length(self.roles.policy)
+        if context is not None and longest > context:
+            raise UserError(
+                f"model.sampling.max_new_tokens: after the prompt {shown(prompts.texts[row])} a response may reach "
+                f"{longest} tokens, and the model's context is {context}; lower it, or data.max_length"
+            )
+        keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
+        with self.roles.acting("policy") as model, whole(model):
+            return self.engine(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
+
+    def response_texts(self, samples: Samples) -> list[str]:
+        """The responses as text, without special tokens and surrounding white space (a template may put a space
+        between the role's name and the answer)."""
+        sequences = samples.sequences
+        ids = [row[mask].tolist() for row, mask in zip(sequences.tokens.cpu(), sequences.mask.cpu(), strict=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def completions(self, prompts: PromptBatch) -> list[dict[str, Any]]:
+        """Prompts and responses as text, for files and people."""
+        return self.records_of(prompts, self.respond(prompts))
+
+    def records_of(self, prompts: PromptBatch, samples: Samples) -> list[dict[str, Any]]:
+        """Samples as text, one record per row."""
+        return [
+            {"prompt": prompt, "response": response, "tokens": int(tokens), "ended": bool(ended)}
+            for prompt, response, tokens, ended in zip(
+                prompts.texts,
+                self.response_texts(samples),
+                samples.sequences.mask.sum(-1),
+                samples.ended,
+                strict=True,
+            )
+        ]
+
+    def sample_completions(self) -> list[dict[str, Any]]:
+        """Completions of the data module's sample prompts."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        prompts = datamodule.sample_prompts() if datamodule is not None else None
+        if prompts is None:
+            return []
+        # Samples are for people to read: a prompt too long for the context is left out, and ends no training run.
+        room = (context_length(self.roles.policy) or sys.maxsize) - self.sampling.max_new_tokens
+        prompts = prompts.select((prompts.prompts.lengths <= room).nonzero().squeeze(-1))
+        if not len(prompts):
+            return []
+        training = {name: module.training for name, module in self.named_modules()}
+        self.eval()
+        with torch.no_grad():
+            records = self.completions(prompts.to(self.device))
+        for name, module in self.named_modules():
+            module.training = training.get(name, module.training)
+        return records
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Completions of a batch of prompts (none where the last one is smaller than the number of ranks)."""
+        return self.completions(batch) if len(batch) or is_sharded(self) else []

@@ -1,0 +1,333 @@
+"""The kinds of batches, as typed records: the only thing `data` and `algorithms` share.
+
+A batch is what one optimizer step sees on this rank. ``micro_batches()`` cuts it into length-sorted pieces of at most
+``micro_batch_tokens`` tokens, which is how this machine carries the step out and changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lit.batches.micro_batches import cut_by_tokens, cut_groups
+from rlhf_lit.batches.sequences import Record, Sequences, _narrow, _widen, common_prefix
+
+
+@dataclass(frozen=True)
+class SupervisedBatch(Record):
+    """Demonstrations for one optimizer step."""
+
+    sequences: Sequences
+    micro_batch_tokens: int
+
+    def blank(self) -> SupervisedBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        return replace(self, sequences=Sequences.blank(self.sequences.tokens.device))
+
+    def micro_batches(self, packed: bool = False) -> Iterator[SupervisedBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens; padded ones, if not ``packed``."""
+        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Answers, each once, and which of them was preferred to which: what a reward model learns from.
+
+    Attributes:
+        answers: prompt + answer each, mask on the answer.
+        better, worse: [pairs] int64, the answers of each pair.
+        margin: [pairs] how much better the better one was rated (0 where unknown).
+        siblings: [pairs] int64, how many pairs the same prompt has.
+        best: [answers] bool, the answers that none to the same prompt was preferred to.
+    """
+
+    answers: Sequences
+    better: Tensor
+    worse: Tensor
+    margin: Tensor
+    siblings: Tensor
+    best: Tensor
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(Record):
+    """Preference pairs for one optimizer step; both sides of a pair stay in one micro-batch.
+
+    Attributes:
+        chosen, rejected: prompt + response each, mask on the response.
+        margin: [pairs] how much better the chosen side was rated (0 where unknown).
+        reference_chosen, reference_rejected: [pairs, time] log π₀ of each response token, 0 off the mask, where they
+            were computed beforehand.
+    """
+
+    chosen: Sequences
+    rejected: Sequences
+    margin: Tensor
+    micro_batch_tokens: int
+    reference_chosen: Tensor | None = None
+    reference_rejected: Tensor | None = None
+
+    def select(self, rows: Tensor) -> PreferenceBatch:
+        """The given rows, per-token tensors trimmed like the sequences they belong to."""
+        chosen = super().select(rows)
+        return replace(
+            chosen,
+            reference_chosen=_narrow(chosen.reference_chosen, chosen.chosen),
+            reference_rejected=_narrow(chosen.reference_rejected, chosen.rejected),
+        )
+
+    def blank(self) -> PreferenceBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        side = Sequences.blank(self.margin.device)
+        known = None if self.reference_chosen is None else torch.zeros(1, 2, device=self.margin.device)
+        return replace(self, chosen=side, rejected=side, margin=self.margin.new_zeros(1),
+                       reference_chosen=known, reference_rejected=known)  # fmt: skip
+
+    def sides(self) -> Sequences:
+        """All chosen rows, then all rejected ones: one forward serves both."""
+        return self.chosen.join(self.rejected)
+
+    def reference_sides(self) -> Tensor | None:
+        """The reference's log-probs of ``sides()``, [2·pairs, time], where they were computed beforehand."""
+        if self.reference_chosen is None or self.reference_rejected is None:
+            return None
+        width = max(self.chosen.tokens.shape[1], self.rejected.tokens.shape[1])
+        return torch.cat([_widen(self.reference_chosen, width), _widen(self.reference_rejected, width)])
+
+    def comparisons(self) -> Comparisons:
+        """One comparison for each pair: all chosen sides, then all rejected ones."""
+        chosen = torch.arange(len(self), device=self.margin.device)
+        return Comparisons(
+            self.sides(),
+            chosen,
+            chosen + len(self),
+            self.margin,
+            torch.ones_like(chosen),
+            torch.arange(2 * len(self), device=self.margin.device) < len(self),
+        )
+
+    def micro_batches(self, packed: bool = False, shared: bool = False) -> Iterator[PreferenceBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens, both sides counted: padded ones, if not
+        ``packed``; if so, what both sides begin with once where it is ``shared``."""
+        cost = 2 * torch.maximum(self.chosen.lengths, self.rejected.lengths)
+        if packed:
+            cost = self.chosen.lengths + self.rejected.lengths
+            cost = cost - common_prefix(self.chosen, self.rejected) if shared else cost
+        for rows in cut_by_tokens(cost, self.micro_batch_tokens, packed):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+@dataclass(frozen=True)
+class UnpairedBatch(Record):
+    """Single responses, each judged good or bad, for one optimizer step.
+
+    Attributes:
+        sequences: prompt + response, mask on the response.
+        mismatched: the same prompts with the response of another row, mask on the response.
+        desirable: [rows] bool.
+        reference, reference_mismatched: [rows, time] log π₀ of each response token of either, 0 off the mask, where
+            they were computed beforehand.
+    """
+
+    sequences: Sequences
+    mismatched: Sequences
+    desirable: Tensor
+    micro_batch_tokens: int
+    reference: Tensor | None = None
+    reference_mismatched: Tensor | None = None
+
+    def select(self, rows: Tensor) -> UnpairedBatch:
+        """The given rows, per-token tensors trimmed like the sequences they belong to."""
+        chosen = super().select(rows)
+        return replace(
+            chosen,
+            reference=_narrow(chosen.reference, chosen.sequences),
+            reference_mismatched=_narrow(chosen.reference_mismatched, chosen.mismatched),
+        )
+
+    def blank(self) -> UnpairedBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        device = self.desirable.device
+        row = Sequences.blank(device)
+        known = None if self.reference is None else torch.zeros(1, 2, device=device)
+        return replace(self, sequences=row, mismatched=row, desirable=self.desirable.new_ones(1),
+                       reference=known, reference_mismatched=known)  # fmt: skip
+
+    def micro_batches(self, packed: bool = False) -> Iterator[UnpairedBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens of ``sequences``, padded if not ``packed``."""
+        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True)
+class RankedBatch(Record):
+    """Prompts with several ranked answers each, for one optimizer step; a prompt's answers stay in one micro-batch.
+
+    Attributes:
+        answers: prompt + answer each, mask on the answer; those of one prompt stand together.
+        counts: [prompts] int64, how many answers each prompt has.
+        rank: [answers] int64, 0 for the best of its prompt; answers of the same rank are not compared.
+        rating: [answers] float32, differences of which are margins; 0 where there are ranks alone.
+    """
+
+    answers: Sequences
+    counts: Tensor
+    rank: Tensor
+    rating: Tensor
+    micro_batch_tokens: int
+
+    def select(self, rows: Tensor) -> RankedBatch:
+        """The given prompts with all of their answers, in the given order."""
+        rows = rows.to(self.counts.device)
+        start = self.counts.cumsum(0) - self.counts
+        places = [torch.arange(int(start[row]), int(start[row] + self.counts[row])) for row in rows.tolist()]
+        kept = (torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)).to(self.counts.device)
+        return replace(
+            self,
+            answers=self.answers.select(kept),
+            counts=self.counts[rows],
+            rank=self.rank[kept],
+            rating=self.rating[kept],
+        )
+
+    def blank(self) -> RankedBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        return replace(
+            self,
+            answers=Sequences.blank(self.rank.device, rows=2),
+            counts=self.counts.new_tensor([2]),
+            rank=self.rank.new_tensor([0, 1]),
+            rating=self.rating.new_zeros(2),
+        )
+
+    def prompt_of_answer(self) -> Tensor:
+        """[answers] the prompt's number in the batch."""
+        return torch.repeat_interleave(torch.arange(len(self), device=self.counts.device), self.counts)
+
+    def comparisons(self) -> Comparisons:
+        """Every two answers of a prompt that differ in rank."""
+        prompt = self.prompt_of_answer()
+        preferred = (prompt[:, None] == prompt[None]) & (self.rank[:, None] < self.rank[None])
+        better, worse = preferred.nonzero(as_tuple=True)
+        per_prompt = torch.bincount(prompt[better], minlength=len(self))
+        return Comparisons(
+            self.answers,
+            better,
+            worse,
+            self.rating[better] - self.rating[worse],
+            per_prompt[prompt[better]],
+            self.rank == 0,
+        )
+
+    def micro_batches(self, packed: bool = False) -> Iterator[RankedBatch]:
+        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens, all answers of a prompt counted; padded ones,
+        if not ``packed``."""
+        prompts = self.answers.lengths.split(self.counts.tolist())
+        longest, tokens = (torch.tensor([int(f(x)) for x in prompts]) for f in (torch.max, torch.sum))
+        for rows in cut_groups(longest, self.counts, self.micro_batch_tokens, tokens if packed else None):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+@dataclass(frozen=True)
+class PromptBatch(Record):
+    """Prompts to be answered.
+
+    Attributes:
+        prompts: the prompt tokens; the mask is False everywhere.
+        index: [rows] int64, the prompt's number in its dataset: what sampling noise is keyed by.
+        sample: [rows] int64, 0 for the first answer to a prompt, 1 for the second, …
+        texts: the rendered prompts as text.
+        rows: the row each prompt came from, as the file had it (what a reward function may read).
+        micro_batch_tokens: padded tokens of a training micro-batch.
+    """
+
+    prompts: Sequences
+    index: Tensor
+    sample: Tensor
+    texts: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
+    micro_batch_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class ExperienceBatch(Record):
+    """A rollout, or a minibatch of one: prompts, their sampled responses, and what PPO knows about each action.
+
+    Attributes:
+        sequences: prompt + response, the mask on the response (EOS included, nothing after it).
+        sampled_logprobs: [rows, time] log-prob of each action as the sampler itself drew it.
+        old_logprobs: [rows, time] the same under the same policy, from the training forward.
+        reference_logprobs: [rows, time] the same under the reference.
+        values: [rows, time] value of the state in which each action was taken, at sampling time: the critic's, or the
+            baseline its response was compared with.
+        advantages, returns: [rows, time]; 0 off the mask.
+        kl_coefficient: β of this rollout.
+        micro_batch_tokens: padded tokens of a micro-batch.
+    """
+
+    sequences: Sequences
+    sampled_logprobs: Tensor
+    old_logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    kl_coefficient: float
+    micro_batch_tokens: int
+
+    def select(self, rows: Tensor) -> ExperienceBatch:
+        """The given rows, every per-token tensor trimmed to the longest of them."""
+        sequences = self.sequences.select(rows)
+        width = sequences.tokens.shape[1]
+
+        cut: dict[str, Any] = {name: x[rows.to(x.device), :width] for name, x in self.columns().items()}
+        return replace(self, sequences=sequences, **cut)
+
+    def join(self, other: ExperienceBatch) -> ExperienceBatch:
+        """These rows, then the other's, padded to the wider of the two."""
+        sequences = self.sequences.join(other.sequences)
+        width, theirs = sequences.tokens.shape[1], other.columns()
+        joined: dict[str, Any] = {
+            name: torch.cat([_widen(column, width), _widen(theirs[name], width)])
+            for name, column in self.columns().items()
+        }
+        return replace(self, sequences=sequences, **joined)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The per-token tensors beside the sequences."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def blank(self) -> ExperienceBatch:
+        """A batch of no account (see ``Sequences.blank``)."""
+        nothing: dict[str, Any] = {name: column.new_zeros(1, 2) for name, column in self.columns().items()}
+        return replace(self, sequences=Sequences.blank(self.values.device), **nothing)
+
+    def micro_batches(self, packed: bool = False) -> Iterator[ExperienceBatch]:
+        """Pieces of at most ``micro_batch_tokens`` tokens: padded and length-sorted, or ``packed`` with a prompt that
+        several responses answer there once."""
+        for rows in self.sequences.cut_responses(self.micro_batch_tokens, packed):
+            yield self.select(rows)
+
+    def __len__(self) -> int:
+        return len(self.sequences)

@@ -1,0 +1,47 @@
+"""Parts of a transformers model: what stands in peft's wrapper, decoder layers, context, stop tokens."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether a model stands in a PEFT wrapper. None does where peft was never imported, which takes longer than to
+    start a run without it."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself; adapters stay in force."""
+    inner: Any = model
+    return inner.get_base_model() if is_wrapped(model) else inner
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a transformers model that its kind names as units."""
+    kinds = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
+    """The tokens that end a response: the tokenizer's EOS, and those of the model's own generation config."""
+    own = unwrapped(model).generation_config.eos_token_id if hasattr(unwrapped(model), "generation_config") else None
+    ids = [own] if isinstance(own, int) else list(own or [])
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *ids]))
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence a model was made for; None where its config does not say."""
+    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def attends_to_everything(inner: Any) -> bool:
+    """Whether all layers of a model are attention over all tokens before, with keys and values that may be cut off."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    layers = DynamicCache(config=inner.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)

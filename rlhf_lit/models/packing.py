@@ -1,0 +1,240 @@
+"""Tokens → hidden states, without padding and with common prompts computed once.
+
+The sequences of a micro-batch stand behind one another in one row. Each has positions that begin at 0 and attends to
+itself alone, so every state is the one that a row of its own would have, up to rounding; what is saved is the work on
+padding, and small matrix products. (Packing without cross-contamination: Krell et al. 2021, arXiv 2107.02027.)
+
+Two answers to one prompt may stand behind it: ``[prompt | rest of the chosen | rest of the rejected]``, where neither
+answer sees the other. (Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv
+2410.20305.)
+
+Models whose attention cannot be told of segments are given rows padded on the right, and no attention mask: causal
+order already hides the pads.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from rlhf_lit.batches import Sequences, common_prefix, same_prompts
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.anatomy import attends_to_everything, unwrapped
+
+
+def hidden_states(
+    model: nn.Module,
+    tokens: Tensor,
+    positions: Tensor | None = None,
+    segments: Segments | None = None,
+    longest: int | None = None,
+) -> Tensor:
+    """[rows, time] tokens → [rows, time, width] last hidden states, from the body without its head.
+
+    Args:
+        model: a causal language model, or one with a scalar head.
+        tokens: right-padded.
+        positions: [rows, time] of each token, where they are not 0, 1, 2, …
+        segments: the sequences of one row, where it holds several.
+        longest: tokens of the longest of them.
+
+    Raises:
+        UserError: more tokens than the model has positions for.
+    """
+    inner = unwrapped(model)
+    limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    length = tokens.shape[1] if longest is None else longest
+    if limit is not None and length > limit:
+        raise UserError(f"data.max_length: a sequence of {length} tokens does not fit the model's context of {limit}")
+    body = getattr(inner, inner.base_model_prefix)
+    if segments is None:
+        return body(input_ids=tokens, use_cache=False).last_hidden_state
+    register()
+    # A mask of four dimensions is handed on as it is; without one, transformers would make one of time × time.
+    unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+    options = {"position_ids": positions, "attention_mask": unread, "segments": segments}
+    return body(input_ids=tokens, use_cache=False, **options).last_hidden_state
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether several sequences may stand in one row: attention is by ``sdpa`` over everything before, the layers hand
+    on what it is told, and positions are those that are given."""
+    inner: Any = unwrapped(model)
+    config = inner.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
+    takes = inner._supports_attention_backend and config._attn_implementation == "sdpa"
+    quiet = not (inner.training and getattr(config, "attention_dropout", 0))
+    return bool(rotary) and takes and quiet and attends_to_everything(inner)
+
+
+def sequence_states(
+    model: nn.Module, sequences: Sequences, leader: Tensor | None = None, shared: Tensor | None = None
+) -> Tensor:
+    """The hidden states of sequences: [rows, time, width]; off a sequence they are any.
+
+    Args:
+        model: a causal language model, or one with a scalar head.
+        sequences: rows.
+        leader: [rows] int64, the row whose first tokens a row has too; its own number where it shares none.
+        shared: [rows] int64, how many these are. A leader shares none itself.
+    """
+    lengths = sequences.lengths.cpu()
+    nothing = torch.zeros_like(lengths)
+    shared = nothing if shared is None else shared.cpu()
+    alone = torch.arange(len(lengths))
+    leader = alone if leader is None else torch.where(shared == 0, alone, leader.cpu())
+    full = sequences.tokens.numel() == int(lengths.sum()) and not shared.any()
+    if full or not packs(model):
+        return hidden_states(model, sequences.tokens)
+    device, width = sequences.tokens.device, sequences.tokens.shape[1]
+    own = lengths - shared
+    order = torch.argsort(leader * 2 + (leader != alone), stable=True)  # each leader, then those that share with it
+    begins = torch.empty_like(own)
+    begins[order] = own[order].cumsum(0) - own[order]
+    time = torch.arange(width)[None]
+    inside = time < lengths[:, None]
+    # The row's tokens by their place in the batch, and where in the row each place of the batch is found again.
+    taken = (inside & (time >= shared[:, None]))[order]
+    source = (alone[:, None] * width + time)[order][taken].to(device)
+    positions = time.expand(len(lengths), -1)[order][taken].to(device)
+    place = torch.where(time < shared[:, None], begins[leader][:, None] + time, (begins - shared)[:, None] + time)
+    kept = order[own[order] > 0]  # a row that is all shared stands nowhere
+    segments = Segments.of(own[kept], shared[kept], device)
+    tokens = sequences.tokens.reshape(-1)[source]
+    states = hidden_states(model, tokens[None], positions[None], segments, longest=int(lengths.max()))
+    return states[0][torch.where(inside, place, 0).to(device)]
+
+
+def response_states(model: nn.Module, sequences: Sequences) -> Tensor:
+    """The hidden states of responses, a prompt that several of them answer computed once: [rows, time, width].
+
+    Args:
+        model: a causal language model, or one with a scalar head.
+        sequences: prompt + response, the mask on the response.
+    """
+    leader, prompt = same_prompts(sequences)
+    return sequence_states(model, sequences, leader, torch.where(leader == torch.arange(len(leader)), 0, prompt))
+
+
+def pair_states(model: nn.Module, chosen: Sequences, rejected: Sequences) -> Tensor:
+    """The hidden states of ``chosen.join(rejected)``, what both sides of a pair begin with computed once: [2·pairs,
+    time, width]."""
+    pair = torch.arange(len(chosen))
+    prompts = common_prefix(chosen, rejected).cpu()
+    shared = torch.cat([torch.zeros_like(prompts), prompts])
+    return sequence_states(model, chosen.join(rejected), pair.repeat(2), shared)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the sequences of a row begin and end, and what they have in common.
+
+    Attributes:
+        lengths: of each segment, in the order of the row; none is empty.
+        shared: how many tokens it attends to, of the last segment before it that shares none; 0 for its own alone.
+        query_bounds, key_bounds: [segments + 1] int32, running sums of lengths, and of lengths with what is shared.
+        keys: the row's places from which the keys are gathered; None where no segment shares any.
+    """
+
+    lengths: tuple[int, ...]
+    shared: tuple[int, ...]
+    query_bounds: Tensor
+    key_bounds: Tensor
+    keys: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: Tensor, shared: Tensor, device: torch.device) -> Self:
+        """From [segments] int64 each, on the CPU."""
+        ends, whole = lengths.cumsum(0), shared + lengths
+        keys = None
+        if shared.any():
+            begins = ends - lengths
+            head = torch.where(shared == 0, torch.arange(len(lengths)), 0).cummax(0).values
+            inside = torch.arange(int(whole.sum())) - (whole.cumsum(0) - whole).repeat_interleave(whole)
+            common = shared.repeat_interleave(whole)
+            own = begins.repeat_interleave(whole) + inside - common
+            keys = torch.where(inside < common, begins[head].repeat_interleave(whole) + inside, own).to(device)
+        queries, seen = (nn.functional.pad(x.cumsum(0), (1, 0)).to(torch.int32).to(device) for x in (lengths, whole))
+        return cls(tuple(lengths.tolist()), tuple(shared.tolist()), queries, seen, keys)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' ``sdpa``, and the same over segments where they are given.
+
+    Args:
+        module: the attention layer.
+        query, key, value: [rows, heads, time, width]; of keys and values perhaps fewer heads. One row with segments.
+        attention_mask: not read with segments, which say it all.
+        segments: of the row.
+        options: transformers' own; of them ``scaling`` is that of the scores.
+
+    Returns:
+        [rows, time, heads, width] and None.
+    """
+    if segments is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale = options.get("scaling")
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+    if query.is_cuda and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0):
+        return _in_one_kernel(query.to(dtype), key.to(dtype), value.to(dtype), segments, scale), None
+    return _one_by_one(query, key, value, segments, scale), None
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """A call of the kernel for each segment."""
+    pieces = (x.split(segments.lengths, 2) for x in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    found = []
+    for own, keys, values, shared in zip(*pieces, segments.shared, strict=True):
+        if not shared:
+            first = keys, values
+            out = scaled_dot_product_attention(own, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+        else:
+            keys, values = (torch.cat([x[:, :, :shared], y], 2) for x, y in zip(first, (keys, values), strict=True))
+            size = own.shape[2], shared + own.shape[2]
+            seen = torch.ones(size, dtype=torch.bool, device=own.device).tril(shared)
+            out = scaled_dot_product_attention(own, keys, values, attn_mask=seen, scale=scale, enable_gqa=grouped)
+        found.append(out.transpose(1, 2))
+    return torch.cat(found, 1)
+
+
+def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """Flash attention of varying lengths (Dao 2023, arXiv 2307.08691), on GPUs in 16 bits. A segment's queries are the
+    last of its keys, which is how the kernel aligns causal order."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if segments.keys is not None:
+        k, v = k[segments.keys], v[segments.keys]
+    longest = max(segments.lengths), max(map(sum, zip(segments.lengths, segments.shared, strict=True)))
+    # torch 2.11 takes fewer heads of keys without being told.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    bounds = segments.query_bounds, segments.key_bounds
+    out = varlen_attn(q, k, v, *bounds, *longest, scale=scale, window_size=(-1, 0), **grouped)
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+@cache
+def register() -> None:
+    """Make it transformers' ``sdpa``. It stays out of the graphs of compiled layers, which would be compiled anew for
+    each batch's segments."""
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register("sdpa", torch.compiler.disable(attention, reason="segments differ from batch to batch"))

@@ -1,0 +1,1 @@
+"""Several ranks: sharded weights, and ranks that watch each other."""

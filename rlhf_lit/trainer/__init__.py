@@ -1,0 +1,1 @@
+"""What a run's Trainer is given: strategies, loggers, progress, callbacks."""

@@ -1,0 +1,48 @@
+"""How weights are spread over ranks, as one of two ranks sees it; what is gathered is in tests/distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from rlhf_lit.algorithms import SFT
+from rlhf_lit.batches import SupervisedBatch
+from rlhf_lit.models.flops import flops
+from rlhf_lit.models.loading import Base, LoRA, Quantization
+from rlhf_lit.parallel.sharding import shard
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of two ranks, of which this is the first and the other is not there."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def test_of_a_4_bit_base_a_rank_holds_half_of_the_bytes(mesh: DeviceMesh, tmp_path: Path) -> None:
+    base = Base(tiny.save_model(tmp_path), lora=LoRA(rank=4), quantization=Quantization())
+    module = tiny.build(SFT(base))
+    batch: SupervisedBatch = tiny.supervised()
+    layers = [part for part in module.modules() if isinstance(part, Linear4bit)]
+    whole = [layer.weight.numel() for layer in layers]
+    before = float(flops(module.model_passes(batch)))
+    unpacked = tiny.build(SFT(Base(base.name, lora=base.lora)))
+    assert before == float(flops(unpacked.model_passes(batch)))
+    shard(module, mesh)
+    assert len(layers) == 14
+    for layer, count in zip(layers, whole, strict=True):
+        assert isinstance(layer.weight, DTensor)
+        assert layer.weight.to_local().numel() == count // 2
+        assert 2 * count == layer.in_features * layer.out_features
+    fresh = tiny.build(SFT(base))
+    shard(fresh, mesh)
+    assert float(flops(fresh.model_passes(batch))) == before, "a weight counts what it stands for"
