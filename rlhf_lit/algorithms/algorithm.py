@@ -1,92 +1,45 @@
-"""The one optimisation step that all algorithms share.
+"""What an algorithm is, and the one optimisation step that all of them share.
 
 A batch is what one optimizer step sees on this rank. ``training_step`` cuts it into length-sorted micro-batches, sums
 the losses over denominators of the whole batch on all ranks, and steps once: a Lightning step is an optimizer step,
 accumulation is exact by construction, and ``micro_batch_tokens`` changes no result beyond float rounding.
+
+Left out: automatic optimisation, gradient accumulation as a setting of its own, and several optimizers.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
-from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Record, SupervisedBatch, UnpairedBatch
+from rlhf_lit.batches import Record
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.compilation import compile_layers
-from rlhf_lit.models.flat import drawn, flat_of, plain_name
-from rlhf_lit.models.flops import Pass, flops
-from rlhf_lit.models.loading import Base, load_tokenizer
+from rlhf_lit.models.flat import drawn, plain_name
+from rlhf_lit.models.flops import Pass, flops, peak_flops
+from rlhf_lit.models.loading import Base, load_tokenizer, require_embeddings
 from rlhf_lit.models.packing import packs
-from rlhf_lit.parallel.sharding import gathered, is_sharded, passes, shard
+from rlhf_lit.parallel.sharding import is_sharded, passes, shard
 from rlhf_lit.randomness import reseed
+from rlhf_lit.training import checkpoint as checkpoints
+from rlhf_lit.training import reduction
+from rlhf_lit.training.averages import Averages
 from rlhf_lit.training.malloc import keep_freed_memory
+from rlhf_lit.training.optimizer import Optimizer, Schedule, apply_settings
 
-Batch = SupervisedBatch | PreferenceBatch | RankedBatch | UnpairedBatch | ExperienceBatch
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), in float32 or with 8-bit state through bitsandbytes.
-
-    Args:
-        name: adamw, adamw_8bit, or paged_adamw_8bit (state that moves to the host when the device is full).
-        betas: decay rates of the two moments.
-        eps: added to the denominator.
-        weight_decay: decoupled decay per step, times the learning rate.
-        max_grad_norm: clip the gradient's global L2 norm to this; null only measures it.
-    """
-
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer over groups of parameters (``params``), each with its learning rate (``lr``)."""
-        options: dict[str, Any] = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
-        if self.name == "adamw":
-            return torch.optim.AdamW(groups, fused=True, **options)  # one pass over weight, gradient and moments
-        import bitsandbytes
-
-        kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-        return getattr(bitsandbytes.optim, kinds[self.name])(groups, **options)
+__all__ = ["Algorithm", "Optimizer", "Schedule", "StepLoss"]
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Learning rate over the steps of the run.
-
-    Args:
-        name: constant; or linear or cosine decay to 0 at the run's last step.
-        warmup: steps of linear rise from 0; below 1, a fraction of the run's steps.
-    """
-
-    name: Literal["constant", "linear", "cosine"] = "linear"
-    warmup: float = 0.0
-
-    def build(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-        """The scheduler, stepped once per optimizer step."""
-        from transformers import get_scheduler
-
-        warmup = round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
-        name = "constant_with_warmup" if self.name == "constant" else self.name
-        return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-
-
-@dataclass(frozen=True)
-class Share:
-    """A micro-batch's share of the step: the shares of a batch, over all ranks, add up to the batch's own numbers.
+class StepLoss:
+    """What a micro-batch adds to the loss of a step: over all micro-batches and ranks these sum up to the batch's own.
 
     Attributes:
         loss: scalar with a gradient, already divided by the whole batch's denominator.
@@ -98,10 +51,10 @@ class Share:
 
 
 class Algorithm(LightningModule):
-    """What all algorithms have in common.
+    """A model that learns from batches, one optimizer step each.
 
-    A subclass says what it needs (``build``), what a batch is counted in (``units``), and what a micro-batch
-    contributes (``shares``).
+    A subclass says what models it needs (``build``), what a batch's losses are divided by (``denominators``), and what
+    a micro-batch adds to them (``losses``).
 
     Args:
         base: the model to start from.
@@ -111,11 +64,14 @@ class Algorithm(LightningModule):
     """
 
     # The kinds of batches it learns from, which data modules ask for; empty where it does not say.
-    learns_from: tuple[type[Record], ...] = ()
+    learns_from: ClassVar[tuple[type[Record], ...]] = ()
     # Metrics shown in the progress bar, beside loss and tokens per second.
-    progress_metrics: tuple[str, ...] = ()
-    # Metrics that validation averages by another unit than ``weight_of``: metric → unit.
-    metric_units: dict[str, str] = {}  # noqa: RUF012 - read, never written
+    progress_metrics: ClassVar[tuple[str, ...]] = ()
+    # The denominator by which validation averages over batches, and that of metrics which have another.
+    averaged_over: ClassVar[str]
+    metrics_averaged_over: ClassVar[dict[str, str]] = {}
+    # Whether ``trained_model`` scores sequences; else it is a language model.
+    trains_scorer: ClassVar[bool] = False
 
     def __init__(self, base: Base, learning_rate: float, optimizer: Optimizer, schedule: Schedule) -> None:
         super().__init__()
@@ -128,12 +84,12 @@ class Algorithm(LightningModule):
         self.learning_rate = learning_rate
         self.optimizer_settings = optimizer
         self.schedule_settings = schedule
-        self.averages = nn.ModuleDict()
+        self.averages = Averages()
         self._built = False
-        # Whether the micro-batch at hand is a blank, which counts for nothing (see ``models.sharding``).
-        self.keeping_step = False
+        # Whether the present micro-batch is a dummy, whose losses count for nothing (see ``parallel.sharding``).
+        self.on_dummy = False
 
-    # What a subclass says
+    # The contract
 
     def build(self) -> None:
         """Load the models. Called once, before anything else."""
@@ -145,20 +101,25 @@ class Algorithm(LightningModule):
         policy: nn.Module = self.roles.policy  # type: ignore[union-attr, assignment]
         return policy
 
-    def modes(self) -> None:
+    def set_train_mode(self) -> None:
         """Set train or eval mode of the models for training."""
         raise NotImplementedError
 
     def prepare(self, batch: Any) -> None:
-        """What a loss must know of a whole batch, on all ranks, before its first micro-batch (KTO's z). Called on every
-        rank, whatever its share of the batch; without gradients."""
+        """Compute what a loss must know of a whole batch, on all ranks, before its first micro-batch (KTO's z). Called
+        on every rank, however many rows it has; without gradients."""
 
-    def units(self, batch: Any) -> dict[str, Tensor]:
-        """Denominators of the losses: how many tokens, or pairs, this rank's batch holds. Float scalars."""
+    def denominators(self, batch: Any) -> dict[str, Tensor]:
+        """What the losses are divided by: how many tokens, or pairs, this rank's batch holds. Float scalars."""
         raise NotImplementedError
 
-    def shares(self, batch: Any, units: dict[str, Tensor]) -> Iterator[Share]:
-        """The shares of one micro-batch; each is followed backwards before the next is asked for."""
+    def losses(self, batch: Any, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
+        """The losses of one micro-batch; the backward pass of each runs before the next is asked for.
+
+        Args:
+            batch: a micro-batch.
+            denominators: of the whole batch, summed over all ranks.
+        """
         raise NotImplementedError
 
     def model_passes(self, batch: Any) -> Iterable[Pass]:
@@ -170,29 +131,15 @@ class Algorithm(LightningModule):
         """The pieces of a batch that go through the device at once."""
         yield from batch.micro_batches(self.packed)
 
-    def in_step(self, batch: Any) -> Iterator[Any]:
-        """The same; and, where models are spread over the ranks, blanks as long as another rank has more of them."""
-        for micro_batch, counts in passes(self, self.micro_batches(batch), batch.blank):
-            self.keeping_step = not counts
-            yield micro_batch
-        self.keeping_step = False
-
-    def _add(self, totals: dict[str, Tensor], share: Share) -> None:
-        if self.keeping_step:
-            return
-        for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
-            totals[name] = totals[name] + value if name in totals else value
-
-    @property
-    def weight_of(self) -> str:
-        """The unit by which validation averages over batches."""
-        raise NotImplementedError
-
     def sample_completions(self) -> list[dict[str, Any]]:
         """A few completions for people to read; none where the algorithm does not write."""
         return []
 
-    # The step
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """One record per row of the batch."""
+        raise NotImplementedError
+
+    # Setup
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -201,26 +148,15 @@ class Algorithm(LightningModule):
 
     def configure_model(self) -> None:
         """Build the models, once, and spread them over the ranks where the strategy says so (it set a mesh)."""
-        if not self._built:
-            self.build()
-            self._check_vocabulary()
-            if self.base.compile:
-                compile_layers(self)
-            if self._device_mesh is not None:
-                shard(self, self._device_mesh["data_parallel"])
-            self._built = True
-
-    def _check_vocabulary(self) -> None:
-        """Every token of the tokenizer must have an embedding; a token without one would end a run in its middle."""
-        from transformers import PreTrainedModel
-
-        for module in self.modules():
-            if isinstance(module, PreTrainedModel):
-                rows = module.get_input_embeddings().weight.shape[0]
-                if len(self.tokenizer) > rows:
-                    raise UserError(
-                        f"base.tokenizer: it has {len(self.tokenizer)} tokens, and the model only {rows} embeddings"
-                    )
+        if self._built:
+            return
+        self.build()
+        require_embeddings(self, len(self.tokenizer))
+        if self.base.compile:
+            compile_layers(self)
+        if self._device_mesh is not None:
+            shard(self, self._device_mesh["data_parallel"])
+        self._built = True
 
     @property
     def packed(self) -> bool:
@@ -232,70 +168,61 @@ class Algorithm(LightningModule):
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.modes()
+        self.set_train_mode()
 
     def on_train_start(self) -> None:
         """Put a run that starts from a checkpoint exactly where it was, and let its own settings have the last word."""
-        # `configure_optimizers` asks for the number of steps, which makes Lightning set the training loader up before
-        # it reads the checkpoint; it then never hands the loader its state, and mid-epoch batches would be repeated.
-        # Nor does it after a whole epoch, which is no restart to it: a longer run would begin with the first epoch's.
-        loop = self.trainer.fit_loop
-        if loop._combined_loader is not None and loop._combined_loader_states_to_load:
-            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-            loop._combined_loader_states_to_load = []
-        self._apply_settings()
+        checkpoints.restore_loader(self.trainer.fit_loop)
+        apply_settings(self.optimizers(), self.lr_schedulers(), self.optimizer_settings, self.parameter_groups())
 
-    def _apply_settings(self) -> None:
-        """A restored optimizer and schedule come with the rates they were saved with: set those of this run."""
-        optimizer: Any = self.optimizers()
-        scheduler: Any = self.lr_schedulers()
-        settings = self.optimizer_settings
-        scheduler.base_lrs = [group["lr"] for group in self.parameter_groups()]
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
-        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-            group.update(lr=rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    # The step
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         """One optimizer step over one batch."""
         started = time.perf_counter()
         reseed("step", self.global_step, self.global_rank)
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        units = {name: self.sum_over_ranks(count) for name, count in self.units(batch).items()}
+        denominators = {name: self.sum_over_ranks(count) for name, count in self.denominators(batch).items()}
         self.prepare(batch)
         totals: dict[str, Tensor] = {}
-        with self._local_gradients():
+        with reduction.local_gradients(self.trainer):
             for micro_batch in self.in_step(batch):
-                for share in drawn(self, self.shares(micro_batch, units)):
-                    self.manual_backward(0 * share.loss if self.keeping_step else share.loss)
-                    self._add(totals, share)
-        norm = self._reduce_and_clip()
+                for term in drawn(self, self.losses(micro_batch, denominators)):
+                    self.manual_backward(0 * term.loss if self.on_dummy else term.loss)
+                    self._add(totals, term)
+        norm = reduction.reduce_and_clip(self, self.moving_parameters(), self.optimizer_settings.max_grad_norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()  # now, not before the next backward pass: a rollout or a validation may come in between
         if self.trainer.global_step == self.trainer.max_steps:
             # Lightning validates when an epoch ends or a run is told to stop, but not at the last of max_steps.
             self.trainer.should_stop = True
-        self.log_step(self._sum_metrics(totals), norm)
+        self.log_step(reduction.sum_metrics(self, totals), norm)
         scheduler.step()  # after what was logged, which is the rates this step was made with
-        tokens = float(self.tokens_in(batch))
+        tokens = sum(int(sequences.lengths.sum()) for sequences in batch.answers())
         seconds = time.perf_counter() - started
         self.log("train/tokens_per_s", tokens / seconds, prog_bar=True)
         self._log_flops(list(self.model_passes(batch)), seconds)
 
+    def in_step(self, batch: Any) -> Iterator[Any]:
+        """The micro-batches of a batch; where models are sharded, then dummies as long as another rank has more."""
+        for micro_batch, counts in passes(self, self.micro_batches(batch), batch.dummy):
+            self.on_dummy = not counts
+            yield micro_batch
+        self.on_dummy = False
+
+    def _add(self, totals: dict[str, Tensor], term: StepLoss) -> None:
+        if self.on_dummy:
+            return
+        for name, value in {"loss": term.loss.detach(), **term.metrics}.items():
+            totals[name] = totals[name] + value if name in totals else value
+
     def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:
-        """Log a step's numbers; PPO has names of its own."""
+        """Log a step's numbers; on-policy algorithms have names of their own."""
         for name, total in totals.items():
             self.log(f"train/{name}", total, prog_bar=name == "loss" or name in self.progress_metrics)
         self.log("train/grad_norm", grad_norm)
-
-    def tokens_in(self, batch: Batch) -> int:
-        """Real tokens this rank's batch holds, prompts included."""
-        if isinstance(batch, RankedBatch):
-            return int(batch.answers.lengths.sum())
-        sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch.sequences,)
-        return sum(int(side.lengths.sum()) for side in sides)
 
     def _log_flops(self, passes: list[Pass], seconds: float) -> None:
         """This rank's rate, and its part of what the device could do. The count stays a tensor, not to wait for it."""
@@ -303,69 +230,11 @@ class Algorithm(LightningModule):
             return
         rate = flops(passes) / seconds
         self.log("train/tflops_per_s", rate / 1e12)
-        if self._peak_flops:
-            self.log("train/mfu", rate / self._peak_flops)
+        if peak := peak_flops(self.device, self.base, str(self.trainer.precision)):
+            self.log("train/mfu", rate / peak)
 
-    @cached_property
-    def _peak_flops(self) -> int | None:
-        """Operations per second the device is made for, in the dtype of the matrix products; None where not known."""
-        from lightning.fabric.utilities.throughput import get_available_flops
-
-        quantization = self.base.quantization
-        dtype = quantization.compute_dtype if quantization else self.base.dtype
-        if self.trainer.precision == "bf16-mixed":
-            dtype = "bfloat16"
-        return get_available_flops(self.device, getattr(torch, dtype))
-
-    def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """Σ over ranks of a scalar; itself on one rank, and outside a trainer."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return value
-        reduced = self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
-        assert isinstance(reduced, Tensor)
-        return reduced
-
-    def max_over_ranks(self, value: Tensor) -> Tensor:
-        """The largest of the ranks' scalars; itself on one rank, and outside a trainer."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return value
-        reduced = self.trainer.strategy.reduce(value.clone(), reduce_op="max")
-        assert isinstance(reduced, Tensor)
-        return reduced
-
-    def _sum_metrics(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Σ over ranks of a step's numbers. A rank whose share of the batch is empty has none, and adds zeros."""
-        if self.trainer.world_size == 1:
-            return totals
-        names: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather_object(names, list(totals))
-        every = max(names, key=len)
-        zero = torch.zeros((), device=self.device)
-        sums = self.sum_over_ranks(torch.stack([totals.get(name, zero).float() for name in every]))
-        return dict(zip(every, sums, strict=True))
-
-    def _local_gradients(self) -> AbstractContextManager[None]:
-        """No gradient synchronisation inside: ranks may hold different numbers of micro-batches."""
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block() if self.trainer.world_size > 1 and block else nullcontext()
-
-    def _reduce_and_clip(self) -> Tensor:
-        """Add the ranks' gradients up (denominators are global already), clip, and return the norm before clipping."""
-        parameters = self.moving_parameters()
-        moving = set(parameters)
-        for parameter in self.trainable_parameters():
-            if parameter not in moving:
-                parameter.grad = None  # the optimizer passes over it: no decay, no moments, no count of steps
-        flat = flat_of(self)
-        if self.trainer.world_size > 1 and (flat or not is_sharded(self)):
-            for parameter in parameters:
-                if parameter.grad is None:  # the optimizer shall count the same steps on all ranks
-                    parameter.grad = torch.zeros_like(parameter)
-                if not flat:  # sharded ones were added up on the way
-                    torch.distributed.all_reduce(parameter.grad)
-        limit = self.optimizer_settings.max_grad_norm
-        limit = float("inf") if limit is None else limit
-        return flat.clip_grad_norm(parameters, limit) if flat else gathered(nn.utils.clip_grad_norm_(parameters, limit))
+    sum_over_ranks = reduction.sum_over_ranks
+    max_over_ranks = reduction.max_over_ranks
 
     def forward(self, function: Callable[[], Any]) -> Any:
         """What is called inside the algorithm's own pass (see ``models.flat``)."""
@@ -383,7 +252,7 @@ class Algorithm(LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def moving_parameters(self) -> list[nn.Parameter]:
-        """Those of them that the step at hand moves."""
+        """The trainable parameters that the next step moves: all of them, where a subclass says nothing else."""
         return self.trainable_parameters()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -404,86 +273,56 @@ class Algorithm(LightningModule):
             raise UserError("trainer.max_epochs, trainer.max_steps: one of them must say how long the run is")
         return {"optimizer": optimizer, "lr_scheduler": self.schedule_settings.build(optimizer, int(steps))}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trainable weights only: a LoRA run's checkpoint is megabytes."""
-        kept = self.saved_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint["base"] = self.base.address
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what ``strict_loading=False`` would take for a checkpoint and load nothing, or a part, of.
-
-        Raises:
-            UserError: other trainable weights than this model's; or a run to be continued began from another version of
-                its base (a run name means its newest), which would change the frozen weights and the reference.
-        """
-        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and checkpoint["base"] != self.base.address:
-            raise UserError(
-                f"--ckpt_path: this run began from {checkpoint['base']}, but model.base.name now means "
-                f"{self.base.address}; name the first one to continue it"
-            )
-        saved, own = set(checkpoint["state_dict"]), self.saved_names()
-        if saved != own:
-            missing, strange = sorted(own - saved), sorted(saved - own)
-            found = f"it lacks {missing[0]}" if missing else f"it holds {strange[0]}"
-            raise UserError(
-                f"--ckpt_path: the checkpoint is of another model or another base.lora: {found}, and "
-                f"{len(missing) + len(strange) - 1} more names differ"
-            )
+    # Checkpoints
 
     def saved_names(self) -> set[str]:
         """The weights that a checkpoint holds: those that move in training."""
         return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoints.keep_trained(checkpoint, self.saved_names())
+        checkpoint["base"] = self.base.address
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError where a checkpoint does not fit this model, or continues a run from another base."""
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            checkpoints.require_same_base(checkpoint, self.base.address)
+        checkpoints.require_fitting(checkpoint, self.saved_names())
+
     # Evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Losses and metrics on held-out rows (none where the last batch is smaller than the number of ranks)."""
-        self.prepare(batch)
-        if len(batch) or is_sharded(self):
-            reseed("validation", self.global_step, batch_idx, self.global_rank)
-            self.evaluate(batch, "val")
+        self._evaluation_step(batch, batch_idx, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The same on the test rows."""
+        self._evaluation_step(batch, batch_idx, "test")
+
+    def _evaluation_step(self, batch: Any, batch_idx: int, stage: str) -> None:
         self.prepare(batch)
         if len(batch) or is_sharded(self):
             reseed("validation", self.global_step, batch_idx, self.global_rank)
-            self.evaluate(batch, "test")
+            self.evaluate(batch, stage)
 
     def evaluate(self, batch: Any, stage: str) -> None:
         """Average the batch's numbers into the stage's, weighted by what the batch is counted in."""
-        units = self.units(batch)
+        denominators = self.denominators(batch)
         totals: dict[str, Tensor] = {}
         for micro_batch in self.in_step(batch):
-            for share in self.shares(micro_batch, units):
-                self._add(totals, share)
+            for term in self.losses(micro_batch, denominators):
+                self._add(totals, term)
         for name, total in totals.items():
-            weight = units[self.metric_units.get(name, self.weight_of)]
+            weight = denominators[self.metrics_averaged_over.get(name, self.averaged_over)]
             self.log_averages(stage, {name: total}, weight, batch_size=len(batch))
 
     def log_averages(self, stage: str, values: dict[str, Tensor], weight: Tensor, batch_size: int) -> None:
         """Log means over a whole evaluation, over all ranks."""
         for name, value in values.items():
             key = f"{stage}/{name}"
-            if key not in self.averages:
-                self.averages[key] = MeanMetric().to(self.device)
-            average = self.averages[key]
-            assert isinstance(average, MeanMetric)
-            average.update(value, weight)
             shown = name == "loss" or name in self.progress_metrics
-            self.log(key, average, prog_bar=shown, batch_size=batch_size, metric_attribute=f"averages.{key}")
-
-    def average(self, key: str) -> Tensor:
-        """The mean of an evaluation so far, over all ranks."""
-        average = self.averages[key]
-        assert isinstance(average, MeanMetric)
-        return average.compute()
-
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per row of the batch."""
-        raise NotImplementedError
+            mean = self.averages.add(key, value, weight)
+            self.log(key, mean, prog_bar=shown, batch_size=batch_size, metric_attribute=f"averages.{key}")
 
 
 def require_no_dropout(base: Base, algorithm: str) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share
+from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, StepLoss
 from rlhf_lit.algorithms.offline import OfflineAlgorithm, Reference
 from rlhf_lit.batches import PreferenceBatch, Sequences
 from rlhf_lit.errors import UserError
@@ -47,8 +47,9 @@ class DPO(OfflineAlgorithm):
     """
 
     learns_from = (PreferenceBatch,)
+    averaged_over = "pairs"
     progress_metrics = ("accuracy", "margin")
-    metric_units = {"sft_loss": "chosen_tokens"}  # noqa: RUF012
+    metrics_averaged_over = {"sft_loss": "chosen_tokens"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -71,21 +72,17 @@ class DPO(OfflineAlgorithm):
         self.sft_coefficient = sft_coefficient
         self.share_prompts = share_prompts
 
-    def units(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+    def denominators(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         pairs = torch.tensor(float(len(batch)), device=self.device)
         return {"pairs": pairs, "chosen_tokens": batch.chosen.mask.sum().float()}
 
     def micro_batches(self, batch: PreferenceBatch) -> Iterator[PreferenceBatch]:
         yield from batch.micro_batches(self.packed, self.share_prompts)
 
-    @property
-    def weight_of(self) -> str:
-        return "pairs"
-
     def with_reference(self, batch: PreferenceBatch, logprobs: Callable[[Sequences], Tensor]) -> PreferenceBatch:
         return replace(batch, reference_chosen=logprobs(batch.chosen), reference_rejected=logprobs(batch.rejected))
 
-    def shares(self, batch: PreferenceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+    def losses(self, batch: PreferenceBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         sides = batch.sides()  # one forward for both
         states = partial(pair_states, chosen=batch.chosen, rejected=batch.rejected) if self.share_prompts else None
         reference = self.reference_sums(sides, batch.reference_sides(), states)
@@ -93,13 +90,13 @@ class DPO(OfflineAlgorithm):
             logprobs = token_logprobs(model, sides, states=states(model) if states else None)
             policy = row_sums(logprobs, sides.mask)
             pairs = PairLogProbs(*policy.chunk(2), *reference.chunk(2), *sides.mask.sum(-1).chunk(2))
-            loss = self.loss(pairs).sum() / units["pairs"]
-            metrics = self._metrics(pairs, units["pairs"])
+            loss = self.loss(pairs).sum() / denominators["pairs"]
+            metrics = self._metrics(pairs, denominators["pairs"])
             if self.sft_coefficient:
-                sft = -pairs.policy_chosen.sum() / units["chosen_tokens"]
+                sft = -pairs.policy_chosen.sum() / denominators["chosen_tokens"]
                 loss = loss + self.sft_coefficient * sft
                 metrics["sft_loss"] = sft.detach()
-            yield Share(loss, metrics)
+            yield StepLoss(loss, metrics)
 
     def model_passes(self, batch: PreferenceBatch) -> list[Pass]:
         sides = batch.sides()

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share
+from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, StepLoss
 from rlhf_lit.algorithms.offline import OfflineAlgorithm, Reference
 from rlhf_lit.algorithms.policy import SCORING_BUDGET
 from rlhf_lit.batches import Sequences, UnpairedBatch
@@ -43,8 +43,9 @@ class KTO(OfflineAlgorithm):
     """
 
     learns_from = (UnpairedBatch,)
+    averaged_over = "rows"
     progress_metrics = ("baseline",)
-    metric_units = {"reward_desirable": "desirable", "reward_undesirable": "undesirable"}  # noqa: RUF012
+    metrics_averaged_over = {"reward_desirable": "desirable", "reward_undesirable": "undesirable"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -68,29 +69,26 @@ class KTO(OfflineAlgorithm):
         """z = max(0, mean Δ of the mismatched responses), over the whole batch on all ranks."""
         total = torch.zeros((), device=self.device)
         groups = cut_by_tokens(batch.mismatched.lengths.cpu(), SCORING_BUDGET * batch.micro_batch_tokens)
-        for part, counts in passes(self, (batch.select(rows) for rows in groups), batch.blank):
+        for part, counts in passes(self, (batch.select(rows) for rows in groups), batch.dummy):
             found = self._logratios(part.mismatched, part.reference_mismatched).sum()
             total = total + found if counts else total
         count = self.sum_over_ranks(torch.tensor(float(len(batch)), device=self.device))
         self.baseline = (self.sum_over_ranks(total) / count).clamp(min=0)
 
-    def units(self, batch: UnpairedBatch) -> dict[str, Tensor]:
+    def denominators(self, batch: UnpairedBatch) -> dict[str, Tensor]:
         desirable = batch.desirable.sum().float()
         rows = torch.tensor(float(len(batch)), device=self.device)
         return {"rows": rows, "desirable": desirable, "undesirable": rows - desirable}
 
-    @property
-    def weight_of(self) -> str:
-        return "rows"
-
     def with_reference(self, batch: UnpairedBatch, logprobs: Callable[[Sequences], Tensor]) -> UnpairedBatch:
         return replace(batch, reference=logprobs(batch.sequences), reference_mismatched=logprobs(batch.mismatched))
 
-    def shares(self, batch: UnpairedBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+    def losses(self, batch: UnpairedBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         with self.roles.acting("policy"):
             logratios = self._logratios(batch.sequences, batch.reference)
             losses = self.loss(logratios, batch.desirable, self.baseline)
-            yield Share(losses.sum() / units["rows"], self._metrics(logratios.detach(), batch.desirable, units))
+            metrics = self._metrics(logratios.detach(), batch.desirable, denominators)
+            yield StepLoss(losses.sum() / denominators["rows"], metrics)
 
     def model_passes(self, batch: UnpairedBatch) -> list[Pass]:
         """The mismatched responses, which z is estimated from, ask for no gradient."""
@@ -111,12 +109,12 @@ class KTO(OfflineAlgorithm):
         with self.roles.acting("policy") as model:
             return row_sums(token_logprobs(model, sequences), sequences.mask) - reference
 
-    def _metrics(self, logratios: Tensor, desirable: Tensor, units: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _metrics(self, logratios: Tensor, desirable: Tensor, denominators: dict[str, Tensor]) -> dict[str, Tensor]:
         rewards = self.loss.beta * logratios
         good, bad = (torch.where(kind, rewards, 0.0).sum() for kind in (desirable, ~desirable))
-        share = len(logratios) / units["rows"]
+        share = len(logratios) / denominators["rows"]
         return {
-            "reward_desirable": good / units["desirable"].clamp(min=1),
-            "reward_undesirable": bad / units["undesirable"].clamp(min=1),
+            "reward_desirable": good / denominators["desirable"].clamp(min=1),
+            "reward_undesirable": bad / denominators["undesirable"].clamp(min=1),
             "baseline": self.baseline * share,
         }

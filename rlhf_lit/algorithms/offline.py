@@ -17,8 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.algorithm import Batch, Optimizer, Schedule, require_no_dropout
-from rlhf_lit.algorithms.policy import SCORING_BUDGET, WritingAlgorithm
+from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, require_no_dropout
+from rlhf_lit.algorithms.policy import SCORING_BUDGET, Writer
 from rlhf_lit.batches import PromptBatch, Record, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.reductions import row_sums
@@ -88,11 +88,11 @@ class Reference:
             raise UserError("reference.complete asks for a complete cache, which reference.precompute: true reads")
 
 
-class OfflineAlgorithm(WritingAlgorithm):
+class OfflineAlgorithm(Writer, Algorithm):
     """A policy that learns from the answers of a data file, held to a reference.
 
     Args:
-        base, learning_rate, optimizer, schedule, sampling: see ``WritingAlgorithm``.
+        base, learning_rate, optimizer, schedule, sampling: see ``Algorithm`` and ``Writer``.
         reference: see ``Reference``.
         compares: whether the loss reads the reference's log-probs at all.
     """
@@ -107,7 +107,8 @@ class OfflineAlgorithm(WritingAlgorithm):
         schedule: Schedule,
         sampling: Sampling,
     ) -> None:
-        super().__init__(base, learning_rate, optimizer, schedule, sampling)
+        super().__init__(base, learning_rate, optimizer, schedule)
+        self.sampling = sampling
         require_no_dropout(base, type(self).__name__)
         self.reference = reference
         self.compares = compares and not reference.free
@@ -136,7 +137,7 @@ class OfflineAlgorithm(WritingAlgorithm):
         elif not self.roles.shared:
             self.roles.add_reference()
 
-    def modes(self) -> None:
+    def set_train_mode(self) -> None:
         self.roles.without_dropout()
 
     # The reference's log-probs
@@ -252,7 +253,7 @@ class OfflineAlgorithm(WritingAlgorithm):
 
     # A reference that follows the policy
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         super().training_step(batch, batch_idx)
         update = self.reference.update
         if update and self.global_step % update.every == 0:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share, require_no_dropout
-from rlhf_lit.algorithms.policy import SCORING_BUDGET, WritingAlgorithm
+from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, StepLoss, require_no_dropout
+from rlhf_lit.algorithms.policy import SCORING_BUDGET, Writer
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences
 from rlhf_lit.batches.micro_batches import no_rows
 from rlhf_lit.errors import UserError
@@ -56,7 +56,7 @@ class Estimate:
     metrics: dict[str, float]
 
 
-class OnPolicy(WritingAlgorithm):
+class OnPolicy(Writer, Algorithm):
     """A policy trained on its own samples, against a reward and with a KL penalty to the reference.
 
     Args:
@@ -75,6 +75,7 @@ class OnPolicy(WritingAlgorithm):
     """
 
     learns_from = (ExperienceBatch,)
+    averaged_over = "episodes"
     progress_metrics = ("scores", "kl")
     # Whether ``estimate`` needs several responses to each prompt.
     compares_responses = False
@@ -98,7 +99,8 @@ class OnPolicy(WritingAlgorithm):
         schedule: Schedule,
         vllm: VLLM | None = None,
     ) -> None:
-        super().__init__(base, learning_rate, optimizer, schedule, sampling)
+        super().__init__(base, learning_rate, optimizer, schedule)
+        self.sampling = sampling
         require_no_dropout(base, type(self).__name__)
         if sampling.top_k is not None or sampling.top_p is not None:
             raise UserError(
@@ -164,7 +166,7 @@ class OnPolicy(WritingAlgorithm):
                 file=sys.stderr,
             )
 
-    def modes(self) -> None:
+    def set_train_mode(self) -> None:
         self.roles.without_dropout()
         self.reward.eval()
 
@@ -308,22 +310,18 @@ class OnPolicy(WritingAlgorithm):
 
     # The update
 
-    def units(self, batch: ExperienceBatch) -> dict[str, Tensor]:
+    def denominators(self, batch: ExperienceBatch) -> dict[str, Tensor]:
         tokens = batch.sequences.mask.sum().float()
         return {"tokens": tokens, "episodes": torch.full_like(tokens, len(batch))}
 
-    @property
-    def weight_of(self) -> str:
-        return "episodes"
-
-    def shares(self, batch: ExperienceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+    def losses(self, batch: ExperienceBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         with self.roles.acting("policy") as model:
-            yield self.policy_share(model, batch, units)
-        yield from self.kl_shares(batch, units)
+            yield self.policy_share(model, batch, denominators)
+        yield from self.kl_shares(batch, denominators)
 
     def policy_share(
-        self, model: nn.Module, batch: ExperienceBatch, units: dict[str, Tensor], states: Tensor | None = None
-    ) -> Share:
+        self, model: nn.Module, batch: ExperienceBatch, denominators: dict[str, Tensor], states: Tensor | None = None
+    ) -> StepLoss:
         """The policy's loss on a micro-batch: clipped objective, entropy bonus, and the KL where it stands there.
 
         Args:
@@ -340,7 +338,7 @@ class OnPolicy(WritingAlgorithm):
         else:
             logprobs, entropy = token_logprobs(model, batch.sequences, temperature, states), None
         terms = self.policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, batch.sampled_logprobs)
-        weights = self._weights(batch, units, logprobs.dtype)
+        weights = self._weights(batch, denominators, logprobs.dtype)
         loss = masked_sum(weights * terms.losses, mask)
         metrics = {
             "policy/approxkl": (logprobs - batch.old_logprobs).square() / 2,
@@ -359,16 +357,16 @@ class OnPolicy(WritingAlgorithm):
             estimate = estimate_kl(logprobs - batch.reference_logprobs, self.kl.estimator)
             kl_loss = masked_sum(weights * estimate, mask)
             loss, shares["policy/kl_loss"] = loss + batch.kl_coefficient * kl_loss, kl_loss.detach()
-        shares |= {name: masked_sum(x.detach(), mask) / units["tokens"] for name, x in metrics.items()}
-        return Share(loss, shares)
+        shares |= {name: masked_sum(x.detach(), mask) / denominators["tokens"] for name, x in metrics.items()}
+        return StepLoss(loss, shares)
 
-    def kl_shares(self, batch: ExperienceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+    def kl_shares(self, batch: ExperienceBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         """The exact KL, where that is the penalty and stands in the loss."""
         if self.kl.placement == "loss" and self.kl.estimator == "full":
             with self.roles.acting("policy"):
                 exact = exact_kl_to_reference(self.roles, batch.sequences, self.sampling.temperature)
-                kl_loss = masked_sum(self._weights(batch, units, exact.dtype) * exact, batch.sequences.mask)
-                yield Share(batch.kl_coefficient * kl_loss, {"policy/kl_loss": kl_loss.detach()})
+                kl_loss = masked_sum(self._weights(batch, denominators, exact.dtype) * exact, batch.sequences.mask)
+                yield StepLoss(batch.kl_coefficient * kl_loss, {"policy/kl_loss": kl_loss.detach()})
 
     def model_passes(self, batch: ExperienceBatch) -> list[Pass]:
         """Of the update alone; sampling and scoring have times of their own."""
@@ -377,13 +375,13 @@ class OnPolicy(WritingAlgorithm):
             found += [found[0], self.roles.pass_of("reference", batch.sequences, backward=False)]
         return found
 
-    def _weights(self, batch: ExperienceBatch, units: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def _weights(self, batch: ExperienceBatch, denominators: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """[rows, time] what each token counts in the policy's loss."""
         return token_weights(
             batch.sequences.mask.to(dtype),
             self.policy_loss.aggregation,
-            units["tokens"],
-            units["episodes"],
+            denominators["tokens"],
+            denominators["episodes"],
             self.sampling.max_new_tokens,
         )
 

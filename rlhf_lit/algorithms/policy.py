@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 import torch
+from lightning import LightningModule
 
-from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule
 from rlhf_lit.batches import PromptBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import context_length, stop_ids
@@ -24,21 +24,21 @@ EVALUATION = 2**31
 SCORING_BUDGET = 4
 
 
-class WritingAlgorithm(Algorithm):
-    """An algorithm with a policy that answers prompts.
+class Writer(LightningModule):
+    """Mixin of the algorithms with a policy that answers prompts: ``class SFT(Writer, Algorithm)``.
 
-    Args:
-        base, learning_rate, optimizer, schedule: see ``Algorithm``.
-        sampling: how responses are drawn.
+    Attributes:
+        roles: the models, the policy among them.
+        sampling: how responses are drawn; set by the algorithm.
+        engine: what draws them.
+        base, tokenizer: the policy's.
     """
 
-    def __init__(
-        self, base: Base, learning_rate: float, optimizer: Optimizer, schedule: Schedule, sampling: Sampling
-    ) -> None:
-        super().__init__(base, learning_rate, optimizer, schedule)
-        self.sampling = sampling
-        self.engine: Engine = sample
-        self.roles: Roles
+    base: Base
+    roles: Roles
+    sampling: Sampling
+    engine: Engine = staticmethod(sample)
+    tokenizer: Any
 
     def respond(self, prompts: PromptBatch, stream: int = EVALUATION) -> Samples:
         """One response per row, drawn with noise keyed by (seed, stream, prompt index, sample).

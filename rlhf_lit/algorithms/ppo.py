@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share
+from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, StepLoss
 from rlhf_lit.algorithms.on_policy import SCORING_BUDGET, Estimate, OnPolicy
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences
 from rlhf_lit.batches.micro_batches import no_rows
@@ -151,20 +151,20 @@ class PPO(OnPolicy):
         """Whether the critic still trains alone."""
         return self.global_step < self.critic.warmup
 
-    def shares(self, batch: ExperienceBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+    def losses(self, batch: ExperienceBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         if self.critic.trunk and not self.warming_up:
             # Both losses stand on the same hidden states: one pass forwards and one backwards do for the two.
             with self.roles.acting("policy") as model:
                 states = response_states(model, batch.sequences)
-                policy = self.policy_share(model, batch, units, states)
-                value = self.value_share(model, batch, units, states)
-                yield Share(policy.loss + value.loss, policy.metrics | value.metrics)
-            yield from self.kl_shares(batch, units)
+                policy = self.policy_share(model, batch, denominators, states)
+                value = self.value_share(model, batch, denominators, states)
+                yield StepLoss(policy.loss + value.loss, policy.metrics | value.metrics)
+            yield from self.kl_shares(batch, denominators)
             return
         if not self.warming_up:
-            yield from super().shares(batch, units)
+            yield from super().losses(batch, denominators)
         with self.roles.acting("value") as model:
-            yield self.value_share(model, batch, units)
+            yield self.value_share(model, batch, denominators)
 
     def model_passes(self, batch: ExperienceBatch) -> list[Pass]:
         """While the critic warms up it is alone; later a critic on the policy's trunk shares the policy's pass."""
@@ -174,16 +174,16 @@ class PPO(OnPolicy):
         return [*policy, self.roles.pass_of("value", batch.sequences, head=False)]
 
     def value_share(
-        self, model: nn.Module, batch: ExperienceBatch, units: dict[str, Tensor], states: Tensor | None = None
-    ) -> Share:
+        self, model: nn.Module, batch: ExperienceBatch, denominators: dict[str, Tensor], states: Tensor | None = None
+    ) -> StepLoss:
         """The critic's loss on a micro-batch; arguments as of ``policy_share``, of the critic."""
-        mask, tokens = batch.sequences.mask, units["tokens"]
+        mask, tokens = batch.sequences.mask, denominators["tokens"]
         states = response_states(model, batch.sequences) if states is None else states
         values = token_values(model, self.roles.heads["value"], batch.sequences, states)
         losses, clipped = self.value_loss(values, batch.values, batch.returns)
         loss = masked_sum(losses, mask) / tokens
         clipfrac = masked_sum(clipped.float(), mask) / tokens
-        return Share(self.value_loss.coefficient * loss, {"value/loss": loss.detach(), "value/clipfrac": clipfrac})
+        return StepLoss(self.value_loss.coefficient * loss, {"value/loss": loss.detach(), "value/clipfrac": clipfrac})
 
     def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:
         super().log_step(totals, grad_norm)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 from torchmetrics.regression import PearsonCorrCoef
 
-from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, Share
+from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, StepLoss
 from rlhf_lit.batches import Comparisons, PreferenceBatch, RankedBatch, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss, list_shares
@@ -69,11 +69,12 @@ class RewardModel(Algorithm):
     """
 
     progress_metrics = ("accuracy",)
-    metric_units = {  # noqa: RUF012
+    metrics_averaged_over = {  # noqa: RUF012
         **dict.fromkeys(("accuracy", "margin", "score_chosen", "score_rejected"), "pairs"),
         **dict.fromkeys(("score_mean", "score_square"), "answers"),
     }
     learns_from = (PreferenceBatch, RankedBatch)
+    averaged_over = "prompts"
 
     def __init__(
         self,
@@ -112,10 +113,10 @@ class RewardModel(Algorithm):
     def trained_model(self) -> nn.Module:
         return self.scorer
 
-    def modes(self) -> None:
+    def set_train_mode(self) -> None:
         self.scorer.train()
 
-    def units(self, batch: PreferenceBatch | RankedBatch) -> dict[str, Tensor]:
+    def denominators(self, batch: PreferenceBatch | RankedBatch) -> dict[str, Tensor]:
         compared = batch.comparisons()
         counts = {"prompts": len(batch), "pairs": len(compared.better), "answers": len(compared.answers)}
         return {name: torch.tensor(float(count), device=self.device) for name, count in counts.items()}
@@ -125,22 +126,18 @@ class RewardModel(Algorithm):
             return batch.micro_batches(self.packed, self.share_prompts)
         return batch.micro_batches(self.packed)
 
-    @property
-    def weight_of(self) -> str:
-        return "prompts"
-
     def scores(self, sequences: Sequences, states: Tensor | None = None) -> Tensor:
         """[rows] scores, the constant included. ``states``: see ``sequence_scores``."""
         inner = unwrapped(self.scorer)
         return sequence_scores(self.scorer, inner.score, sequences, states) + reward_bias(inner)
 
-    def shares(self, batch: PreferenceBatch | RankedBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+    def losses(self, batch: PreferenceBatch | RankedBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         compared = batch.comparisons()
         states = None
         if self.share_prompts and isinstance(batch, PreferenceBatch):
             states = pair_states(self.scorer, batch.chosen, batch.rejected)
         scores = self.scores(compared.answers, states)
-        if self._evaluating and not self.keeping_step:
+        if self._evaluating and not self.on_dummy:
             self._observe(scores, compared, self._evaluating)
         better, worse = scores[compared.better], scores[compared.worse]
         losses = list_shares(self.loss(better, worse, compared.margin), compared.siblings)
@@ -153,8 +150,9 @@ class RewardModel(Algorithm):
                 "score_mean": scores,
                 "score_square": scores.square(),
             }
-            metrics = {name: values.sum() / units[self.metric_units[name]] for name, values in sums.items()}
-        yield Share(losses.sum() / units["prompts"], metrics)
+            counted_in = self.metrics_averaged_over
+            metrics = {name: values.sum() / denominators[counted_in[name]] for name, values in sums.items()}
+        yield StepLoss(losses.sum() / denominators["prompts"], metrics)
 
     def model_passes(self, batch: PreferenceBatch | RankedBatch) -> list[Pass]:
         return [Pass(self.scorer, "default", batch.comparisons().answers, head=False)]
@@ -190,7 +188,7 @@ class RewardModel(Algorithm):
         calibration, correlation = self._pair_metrics(stage)
         self.log(f"{stage}/calibration_error", calibration.compute())
         self.log(f"{stage}/length_correlation", correlation.compute())
-        mean, square = (self.average(f"{stage}/score_{name}") for name in ("mean", "square"))
+        mean, square = (self.averages.value(f"{stage}/score_{name}") for name in ("mean", "square"))
         self.log(f"{stage}/score_std", (square - mean.square()).clamp(min=0).sqrt())
         calibration.reset()
         correlation.reset()
@@ -201,7 +199,7 @@ class RewardModel(Algorithm):
         if not len(batch) and not is_sharded(self):
             return []
         if isinstance(batch, RankedBatch):
-            scores = score_sequences(self.scorer, batch.answers, batch.micro_batch_tokens)
+            scores = score_sequences(self.scorer, batch.sequences, batch.micro_batch_tokens)
             return [{"scores": part.tolist()} for part in scores.split(batch.counts.tolist())]
         chosen, rejected = (
             score_sequences(self.scorer, side, batch.micro_batch_tokens) for side in (batch.chosen, batch.rejected)

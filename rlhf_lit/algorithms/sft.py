@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, Share
-from rlhf_lit.algorithms.policy import WritingAlgorithm
+from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, StepLoss
+from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.batches import SupervisedBatch
 from rlhf_lit.losses.reductions import masked_sum
 from rlhf_lit.losses.supervised import NLLLoss
@@ -22,7 +22,7 @@ from rlhf_lit.models.roles import Roles
 from rlhf_lit.rollout.engine import Sampling
 
 
-class SFT(WritingAlgorithm):
+class SFT(Writer, Algorithm):
     """Supervised fine-tuning on demonstrations.
 
     Args:
@@ -34,6 +34,7 @@ class SFT(WritingAlgorithm):
     """
 
     learns_from = (SupervisedBatch,)
+    averaged_over = "tokens"
 
     def __init__(
         self,
@@ -43,28 +44,25 @@ class SFT(WritingAlgorithm):
         schedule: Schedule = Schedule(),
         sampling: Sampling = Sampling(),
     ) -> None:
-        super().__init__(base, learning_rate, optimizer, schedule, sampling)
+        super().__init__(base, learning_rate, optimizer, schedule)
+        self.sampling = sampling
         self.loss = NLLLoss()
 
     def build(self) -> None:
         self.roles = Roles(self.base)
 
-    def modes(self) -> None:
+    def set_train_mode(self) -> None:
         self.roles.train()
 
-    def units(self, batch: SupervisedBatch) -> dict[str, Tensor]:
+    def denominators(self, batch: SupervisedBatch) -> dict[str, Tensor]:
         return {"tokens": batch.sequences.mask.sum().float()}
 
-    @property
-    def weight_of(self) -> str:
-        return "tokens"
-
-    def shares(self, batch: SupervisedBatch, units: dict[str, Tensor]) -> Iterator[Share]:
+    def losses(self, batch: SupervisedBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         mask = batch.sequences.mask
         with self.roles.acting("policy") as model:
             logprobs = token_logprobs(model, batch.sequences)
-            loss = masked_sum(self.loss(logprobs), mask) / units["tokens"]
-            yield Share(loss, {})
+            loss = masked_sum(self.loss(logprobs), mask) / denominators["tokens"]
+            yield StepLoss(loss, {})
 
     def model_passes(self, batch: SupervisedBatch) -> list[Pass]:
         return [self.roles.pass_of("policy", batch.sequences)]
@@ -78,4 +76,4 @@ class SFT(WritingAlgorithm):
     def _log_perplexity(self, stage: str) -> None:
         """exp of the mean loss over all held-out tokens, which no mean of batch perplexities is."""
         if f"{stage}/loss" in self.averages:
-            self.log(f"{stage}/perplexity", torch.exp(self.average(f"{stage}/loss")))
+            self.log(f"{stage}/perplexity", torch.exp(self.averages.value(f"{stage}/loss")))

@@ -1,6 +1,7 @@
 """Typed batch records, and where they are cut into micro-batches."""
 
 from rlhf_lit.batches.records import (
+    Batch,
     Comparisons,
     ExperienceBatch,
     PreferenceBatch,
@@ -12,6 +13,7 @@ from rlhf_lit.batches.records import (
 from rlhf_lit.batches.sequences import Record, Sequences, common_prefix, same_prompts
 
 __all__ = [
+    "Batch",
     "Comparisons",
     "ExperienceBatch",
     "PreferenceBatch",

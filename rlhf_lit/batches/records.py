@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,16 +17,52 @@ from rlhf_lit.batches.micro_batches import cut_by_tokens, cut_groups
 from rlhf_lit.batches.sequences import Record, Sequences, _narrow, _widen, common_prefix
 
 
+class Batch(Record):
+    """What one optimizer step sees on this rank; a kind of batches is a frozen dataclass that derives from it.
+
+    A member has a field ``micro_batch_tokens`` and answers for itself: the step, the checks before it and the data
+    modules ask no further.
+
+    Attributes:
+        kind: what it holds, in words that follow "gives" or "learns from".
+        data_module: the data module that makes it, by name.
+    """
+
+    kind: ClassVar[str] = "batches of a kind of their own"
+    data_module: ClassVar[str] = ""
+
+    def answers(self) -> tuple[Sequences, ...]:
+        """The sequences that are learned from, prompt and answer each; empty where they are still to be written."""
+        raise NotImplementedError
+
+    def dummy(self) -> Self:
+        """Dummy batch of the same kind, whose pass gathers what any other's does (see ``Sequences.dummy``)."""
+        raise NotImplementedError
+
+    def micro_batches(self, packed: bool = False) -> Iterator[Self]:
+        """Pieces of at most ``micro_batch_tokens`` tokens; of padded ones, if not ``packed``."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class SupervisedBatch(Record):
+class SupervisedBatch(Batch):
     """Demonstrations for one optimizer step."""
+
+    kind: ClassVar[str] = "demonstrations"
+    data_module: ClassVar[str] = "SFTDataModule"
 
     sequences: Sequences
     micro_batch_tokens: int
 
-    def blank(self) -> SupervisedBatch:
-        """A batch of no account (see ``Sequences.blank``)."""
-        return replace(self, sequences=Sequences.blank(self.sequences.tokens.device))
+    def answers(self) -> tuple[Sequences, ...]:
+        return (self.sequences,)
+
+    def dummy(self) -> SupervisedBatch:
+        """Dummy batch of the same kind (see ``Sequences.dummy``)."""
+        return replace(self, sequences=Sequences.dummy(self.sequences.tokens.device))
 
     def micro_batches(self, packed: bool = False) -> Iterator[SupervisedBatch]:
         """Length-sorted pieces of at most ``micro_batch_tokens`` tokens; padded ones, if not ``packed``."""
@@ -58,7 +94,7 @@ class Comparisons:
 
 
 @dataclass(frozen=True)
-class PreferenceBatch(Record):
+class PreferenceBatch(Batch):
     """Preference pairs for one optimizer step; both sides of a pair stay in one micro-batch.
 
     Attributes:
@@ -67,6 +103,9 @@ class PreferenceBatch(Record):
         reference_chosen, reference_rejected: [pairs, time] log π₀ of each response token, 0 off the mask, where they
             were computed beforehand.
     """
+
+    kind: ClassVar[str] = "preference pairs"
+    data_module: ClassVar[str] = "PreferenceDataModule"
 
     chosen: Sequences
     rejected: Sequences
@@ -84,9 +123,12 @@ class PreferenceBatch(Record):
             reference_rejected=_narrow(chosen.reference_rejected, chosen.rejected),
         )
 
-    def blank(self) -> PreferenceBatch:
-        """A batch of no account (see ``Sequences.blank``)."""
-        side = Sequences.blank(self.margin.device)
+    def answers(self) -> tuple[Sequences, ...]:
+        return (self.chosen, self.rejected)
+
+    def dummy(self) -> PreferenceBatch:
+        """Dummy batch of the same kind (see ``Sequences.dummy``)."""
+        side = Sequences.dummy(self.margin.device)
         known = None if self.reference_chosen is None else torch.zeros(1, 2, device=self.margin.device)
         return replace(self, chosen=side, rejected=side, margin=self.margin.new_zeros(1),
                        reference_chosen=known, reference_rejected=known)  # fmt: skip
@@ -129,7 +171,7 @@ class PreferenceBatch(Record):
 
 
 @dataclass(frozen=True)
-class UnpairedBatch(Record):
+class UnpairedBatch(Batch):
     """Single responses, each judged good or bad, for one optimizer step.
 
     Attributes:
@@ -139,6 +181,9 @@ class UnpairedBatch(Record):
         reference, reference_mismatched: [rows, time] log π₀ of each response token of either, 0 off the mask, where
             they were computed beforehand.
     """
+
+    kind: ClassVar[str] = "answers judged one by one"
+    data_module: ClassVar[str] = "UnpairedDataModule"
 
     sequences: Sequences
     mismatched: Sequences
@@ -156,10 +201,13 @@ class UnpairedBatch(Record):
             reference_mismatched=_narrow(chosen.reference_mismatched, chosen.mismatched),
         )
 
-    def blank(self) -> UnpairedBatch:
-        """A batch of no account (see ``Sequences.blank``)."""
+    def answers(self) -> tuple[Sequences, ...]:
+        return (self.sequences,)
+
+    def dummy(self) -> UnpairedBatch:
+        """Dummy batch of the same kind (see ``Sequences.dummy``)."""
         device = self.desirable.device
-        row = Sequences.blank(device)
+        row = Sequences.dummy(device)
         known = None if self.reference is None else torch.zeros(1, 2, device=device)
         return replace(self, sequences=row, mismatched=row, desirable=self.desirable.new_ones(1),
                        reference=known, reference_mismatched=known)  # fmt: skip
@@ -174,17 +222,20 @@ class UnpairedBatch(Record):
 
 
 @dataclass(frozen=True)
-class RankedBatch(Record):
+class RankedBatch(Batch):
     """Prompts with several ranked answers each, for one optimizer step; a prompt's answers stay in one micro-batch.
 
     Attributes:
-        answers: prompt + answer each, mask on the answer; those of one prompt stand together.
+        sequences: prompt + answer each, mask on the answer; those of one prompt stand together.
         counts: [prompts] int64, how many answers each prompt has.
         rank: [answers] int64, 0 for the best of its prompt; answers of the same rank are not compared.
         rating: [answers] float32, differences of which are margins; 0 where there are ranks alone.
     """
 
-    answers: Sequences
+    kind: ClassVar[str] = "ranked lists of answers"
+    data_module: ClassVar[str] = "RankingDataModule"
+
+    sequences: Sequences
     counts: Tensor
     rank: Tensor
     rating: Tensor
@@ -198,17 +249,20 @@ class RankedBatch(Record):
         kept = (torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)).to(self.counts.device)
         return replace(
             self,
-            answers=self.answers.select(kept),
+            sequences=self.sequences.select(kept),
             counts=self.counts[rows],
             rank=self.rank[kept],
             rating=self.rating[kept],
         )
 
-    def blank(self) -> RankedBatch:
-        """A batch of no account (see ``Sequences.blank``)."""
+    def answers(self) -> tuple[Sequences, ...]:
+        return (self.sequences,)
+
+    def dummy(self) -> RankedBatch:
+        """Dummy batch of the same kind (see ``Sequences.dummy``)."""
         return replace(
             self,
-            answers=Sequences.blank(self.rank.device, rows=2),
+            sequences=Sequences.dummy(self.rank.device, rows=2),
             counts=self.counts.new_tensor([2]),
             rank=self.rank.new_tensor([0, 1]),
             rating=self.rating.new_zeros(2),
@@ -225,7 +279,7 @@ class RankedBatch(Record):
         better, worse = preferred.nonzero(as_tuple=True)
         per_prompt = torch.bincount(prompt[better], minlength=len(self))
         return Comparisons(
-            self.answers,
+            self.sequences,
             better,
             worse,
             self.rating[better] - self.rating[worse],
@@ -236,7 +290,7 @@ class RankedBatch(Record):
     def micro_batches(self, packed: bool = False) -> Iterator[RankedBatch]:
         """Length-sorted pieces of at most ``micro_batch_tokens`` tokens, all answers of a prompt counted; padded ones,
         if not ``packed``."""
-        prompts = self.answers.lengths.split(self.counts.tolist())
+        prompts = self.sequences.lengths.split(self.counts.tolist())
         longest, tokens = (torch.tensor([int(f(x)) for x in prompts]) for f in (torch.max, torch.sum))
         for rows in cut_groups(longest, self.counts, self.micro_batch_tokens, tokens if packed else None):
             yield self.select(rows)
@@ -270,7 +324,7 @@ class PromptBatch(Record):
 
 
 @dataclass(frozen=True)
-class ExperienceBatch(Record):
+class ExperienceBatch(Batch):
     """A rollout, or a minibatch of one: prompts, their sampled responses, and what PPO knows about each action.
 
     Attributes:
@@ -284,6 +338,9 @@ class ExperienceBatch(Record):
         kl_coefficient: β of this rollout.
         micro_batch_tokens: padded tokens of a micro-batch.
     """
+
+    kind: ClassVar[str] = "prompts to be answered"
+    data_module: ClassVar[str] = "RolloutDataModule"
 
     sequences: Sequences
     sampled_logprobs: Tensor
@@ -318,10 +375,13 @@ class ExperienceBatch(Record):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def blank(self) -> ExperienceBatch:
-        """A batch of no account (see ``Sequences.blank``)."""
+    def answers(self) -> tuple[Sequences, ...]:
+        return (self.sequences,)
+
+    def dummy(self) -> ExperienceBatch:
+        """Dummy batch of the same kind (see ``Sequences.dummy``)."""
         nothing: dict[str, Any] = {name: column.new_zeros(1, 2) for name, column in self.columns().items()}
-        return replace(self, sequences=Sequences.blank(self.values.device), **nothing)
+        return replace(self, sequences=Sequences.dummy(self.values.device), **nothing)
 
     def micro_batches(self, packed: bool = False) -> Iterator[ExperienceBatch]:
         """Pieces of at most ``micro_batch_tokens`` tokens: padded and length-sorted, or ``packed`` with a prompt that

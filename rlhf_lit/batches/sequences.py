@@ -86,14 +86,14 @@ class Sequences(Record):
         return cls(padded, lengths, mask)
 
     @classmethod
-    def blank(cls, device: torch.device, rows: int = 1) -> Sequences:
-        """Rows of two tokens of no account: what a rank passes through a sharded model to keep step with the others."""
+    def dummy(cls, device: torch.device, rows: int = 1) -> Sequences:
+        """Dummy rows of two tokens, so that all ranks run the same number of passes through a sharded model."""
         mask = torch.tensor([[False, True]] * rows, device=device)
         return cls(torch.zeros_like(mask, dtype=torch.int64), torch.full((rows,), 2, device=device), mask)
 
     def part(self, rows: Tensor) -> Sequences:
-        """The given rows; a blank one in place of none."""
-        return self.select(rows) if len(rows) else self.blank(self.tokens.device)
+        """The given rows; a dummy row where none is given."""
+        return self.select(rows) if len(rows) else self.dummy(self.tokens.device)
 
     def select(self, rows: Tensor) -> Sequences:
         """The given rows, trimmed to the longest of them."""

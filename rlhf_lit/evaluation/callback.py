@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from rlhf_lit.algorithms.policy import EVALUATION, SCORING_BUDGET, WritingAlgorithm
+from rlhf_lit.algorithms.policy import EVALUATION, SCORING_BUDGET, Writer
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.batches import PromptBatch
 from rlhf_lit.data.records import Source
@@ -24,6 +24,7 @@ from rlhf_lit.evaluation.win_rate import wins
 from rlhf_lit.models.anatomy import context_length
 from rlhf_lit.models.loading import Base
 from rlhf_lit.rollout.rewards import RewardSource
+from rlhf_lit.training.reduction import sum_over_ranks
 
 # Streams of sampling noise, apart from each other and from every rollout's and validation's.
 POLICY, BASELINE = EVALUATION + 1, EVALUATION + 2
@@ -82,7 +83,7 @@ class WinRate(Callback):
         if trainer.sanity_checking:
             return
         assert self._contest is not None
-        assert isinstance(pl_module, WritingAlgorithm)
+        assert isinstance(pl_module, Writer)
         with self._aside(trainer, pl_module):
             metrics = _metrics(pl_module, self._contest)
         for name, value in metrics.items():
@@ -95,7 +96,7 @@ class WinRate(Callback):
         Raises:
             UserError: an algorithm that does not write, no held-out prompts, or a baseline or judge that does not fit.
         """
-        if not isinstance(module, WritingAlgorithm):
+        if not isinstance(module, Writer):
             raise UserError(f"WinRate: {type(module).__name__} writes no responses; leave the callback out")
         datamodule: Any = getattr(trainer, "datamodule", None)
         prompts = self._held_out(trainer, module, datamodule)
@@ -107,7 +108,7 @@ class WinRate(Callback):
             scores = judge.scores(answers, prompts.texts, prompts.rows)
         return _Contest(prompts, judge, scores, answers.lengths, budget)
 
-    def _held_out(self, trainer: Trainer, module: WritingAlgorithm, datamodule: Any) -> PromptBatch:
+    def _held_out(self, trainer: Trainer, module: Writer, datamodule: Any) -> PromptBatch:
         """This rank's share of the prompts."""
         rows = datamodule.examples.get("validation") if hasattr(datamodule, "examples") else None
         if not rows:
@@ -128,9 +129,7 @@ class WinRate(Callback):
         share: PromptBatch = datamodule.prompt_batch(items[trainer.global_rank :: trainer.world_size])
         return share
 
-    def _baseline_answers(
-        self, trainer: Trainer, module: WritingAlgorithm, prompts: PromptBatch, datamodule: Any
-    ) -> Answers:
+    def _baseline_answers(self, trainer: Trainer, module: Writer, prompts: PromptBatch, datamodule: Any) -> Answers:
         if self.baseline is not None and is_local_file(self.baseline):
             answers, _ = read_answers(Source(self.baseline), prompts.texts, datamodule.chat, datamodule.on_bad_row)
             if answers.samples > 1:
@@ -162,13 +161,13 @@ class WinRate(Callback):
                 part.training = training.get(name, part.training)
 
 
-def _answers(module: WritingAlgorithm, prompts: PromptBatch, stream: int) -> Answers:
+def _answers(module: Writer, prompts: PromptBatch, stream: int) -> Answers:
     samples = module.respond(prompts.to(module.device), stream)
     texts = [[text] for text in module.response_texts(samples)]
     return Answers(texts, samples.sequences.to("cpu"), samples.ended.cpu().double().numpy()[:, None])
 
 
-def _metrics(module: WritingAlgorithm, contest: _Contest) -> dict[str, Tensor]:
+def _metrics(module: Writer, contest: _Contest) -> dict[str, Tensor]:
     """Means over the prompts of all ranks."""
     answers = _answers(module, contest.prompts, POLICY)
     scores = contest.judge.scores(answers, contest.prompts.texts, contest.prompts.rows)
@@ -186,7 +185,7 @@ def _metrics(module: WritingAlgorithm, contest: _Contest) -> dict[str, Tensor]:
     if module.roles.has_reference:
         columns["kl_to_reference"] = kl_per_response(module, answers.sequences, contest.budget)[0]
     sums = torch.tensor([[float(len(points))], *([float(x.sum())] for x in columns.values())], device=module.device)
-    count, *totals = module.sum_over_ranks(sums.squeeze(-1))
+    count, *totals = sum_over_ranks(module, sums.squeeze(-1))
     means = {name: total / count for name, total in zip(columns, totals, strict=True)}
     variance = (means.pop("win_rate_square") - means["win_rate"].square()).clamp(min=0)
     return {**means, "win_rate_error": (variance / count).sqrt()}

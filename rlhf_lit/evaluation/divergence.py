@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_lit.algorithms.policy import WritingAlgorithm
+from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.batches import Sequences
 from rlhf_lit.batches.micro_batches import cut_by_tokens, no_rows
 from rlhf_lit.evaluation.estimates import Array
@@ -15,9 +15,7 @@ from rlhf_lit.parallel.sharding import passes
 
 
 @torch.no_grad()
-def kl_per_response(
-    module: WritingAlgorithm, sequences: Sequences, budget: int = SCORING_TOKENS
-) -> tuple[Array, Array]:
+def kl_per_response(module: Writer, sequences: Sequences, budget: int = SCORING_TOKENS) -> tuple[Array, Array]:
     """Two estimates of KL from one sample of prefixes, in nats per response.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlhf_lit.algorithms.policy import WritingAlgorithm
+from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.batches import PromptBatch, Sequences
 from rlhf_lit.data.chat import ChatFormat, Template
 from rlhf_lit.data.records import Message
@@ -16,7 +16,7 @@ SCORING_TOKENS = 32768
 
 
 def draw(
-    module: WritingAlgorithm,
+    module: Writer,
     conversations: Sequence[Sequence[Message]],
     samples: int = 1,
     stream: int = 0,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.flat import plain_name
+from rlhf_lit.models.loading import Base
 from rlhf_lit.parallel.sharding import whole_shape
 
 
@@ -76,6 +77,20 @@ def _of(one: Pass) -> Tensor:
     # QKᵀ and the sum over V, 2·width each, over half of the context; both factors of both products ask for gradients.
     total = total + lengths.square().sum() * (2 * width * (3 if one.backward else 1))
     return total + one.sequences.mask.sum() * head.flops(one.backward) if one.head else total
+
+
+def peak_flops(device: torch.device, base: Base, precision: str) -> int | None:
+    """Operations per second that a device is made for, in the dtype of the matrix products; None where not known.
+
+    Args:
+        device: which.
+        base: the model, whose products are in its dtype or in that of its quantisation.
+        precision: the trainer's.
+    """
+    from lightning.fabric.utilities.throughput import get_available_flops
+
+    dtype = base.quantization.compute_dtype if base.quantization else base.dtype
+    return get_available_flops(device, getattr(torch, "bfloat16" if precision == "bf16-mixed" else dtype))
 
 
 _COUNTED: WeakKeyDictionary[nn.Module, dict[str | None, tuple[Weights, Weights, int]]] = WeakKeyDictionary()

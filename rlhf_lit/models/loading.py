@@ -139,6 +139,25 @@ def load_tokenizer(base: Base) -> Any:
     return tokenizer
 
 
+def require_embeddings(module: nn.Module, tokens: int) -> None:
+    """Every token of the tokenizer must have an embedding; a token without one would end a run in its middle.
+
+    Args:
+        module: with its models built.
+        tokens: of the tokenizer.
+
+    Raises:
+        UserError: a model of the module has fewer embeddings.
+    """
+    from transformers import PreTrainedModel
+
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            rows = part.get_input_embeddings().weight.shape[0]
+            if tokens > rows:
+                raise UserError(f"base.tokenizer: it has {tokens} tokens, and the model only {rows} embeddings")
+
+
 def load_causal_lm(base: Base) -> nn.Module:
     """The language model of a base, adapters included, in eval mode."""
     model = _load(base, "AutoModelForCausalLM", {})

@@ -140,15 +140,15 @@ def at_hand(module: nn.Module) -> AbstractContextManager[None]:
     return flat.whole() if flat else nullcontext()
 
 
-def passes(module: nn.Module, parts: Iterable[Part], blank: Callable[[], Part]) -> Iterator[tuple[Part, bool]]:
-    """The parts one by one, each with True; then, as long as another rank has more, a blank with False.
+def passes(module: nn.Module, parts: Iterable[Part], dummy: Callable[[], Part]) -> Iterator[tuple[Part, bool]]:
+    """The parts one by one, each with True; then, as long as another rank has more, a dummy with False.
 
     Where the module is not sharded: its parts alone; under FSDP1 without gradients too, with all weights whole.
 
     Args:
         module: what makes a pass over each part.
         parts: this rank's.
-        blank: a part of no account, whose pass gathers what any other's does.
+        dummy: makes a dummy part, whose pass gathers what any other's does.
     """
     if not is_sharded(module):
         yield from ((part, True) for part in parts)
@@ -164,7 +164,7 @@ def passes(module: nn.Module, parts: Iterable[Part], blank: Callable[[], Part]) 
     for part in own:
         yield part, True
     for _ in range(int(most) - len(own)):
-        yield blank(), False
+        yield dummy(), False
     reshard(module)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
-from rlhf_lit.algorithms.policy import SCORING_BUDGET, WritingAlgorithm
+from rlhf_lit.algorithms.policy import SCORING_BUDGET, Writer
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.batches import (
@@ -123,7 +123,7 @@ def token_checks(module: Algorithm, batch: Record, rows: Sequence[int]) -> Itera
 
 
 def _stops(module: Algorithm) -> tuple[int, ...]:
-    if isinstance(module, WritingAlgorithm):
+    if isinstance(module, Writer):
         return stop_ids(module.tokenizer, module.roles.policy)
     return (module.tokenizer.eos_token_id,)
 
@@ -133,7 +133,7 @@ def _sides(batch: Record) -> list[Sequences]:
     if isinstance(batch, SupervisedBatch | UnpairedBatch):
         return [batch.sequences]
     if isinstance(batch, RankedBatch):
-        return [batch.answers]
+        return [batch.sequences]
     return [batch.chosen, batch.rejected] if isinstance(batch, PreferenceBatch) else []
 
 
@@ -148,7 +148,7 @@ def model_checks(module: Algorithm, batch: Any) -> Iterator[Check]:
     sequences = sides[0] if len(sides) == 1 else sides[0].join(sides[1])
     budget = SCORING_BUDGET * batch.micro_batch_tokens
     with _without_dropout(module):
-        if isinstance(module, WritingAlgorithm):
+        if isinstance(module, Writer):
             yield padding(logprobs_of(module.roles), absolute, sequences, budget, module.roles.policy)
         elif isinstance(module, RewardModel):
             yield padding(scores_of(module), relative, sequences, budget, module.scorer)

@@ -165,9 +165,9 @@ def preference_loss(module: OfflineAlgorithm, batch: PreferenceBatch | UnpairedB
 
 
 def _loss(module: Algorithm, batch: Any) -> float:
-    units = module.units(batch)
+    denominators = module.denominators(batch)
     module.prepare(batch)
-    return sum(float(share.loss) for part in module.micro_batches(batch) for share in module.shares(part, units))
+    return sum(float(share.loss) for part in module.micro_batches(batch) for share in module.losses(part, denominators))
 
 
 def no_distance(comparison: Comparison, mask: Tensor, limit: float) -> Check:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 
 from rlhf_lit.algorithms import PPO, SFT
-from rlhf_lit.algorithms.algorithm import Share
+from rlhf_lit.algorithms.algorithm import StepLoss
 from rlhf_lit.commands.parser_errors import is_out_of_memory
 
 TOO_MUCH = 2**60
@@ -26,11 +26,11 @@ def exhaust() -> None:
 class HungrySFT(SFT):
     """Runs out of memory in the backward pass of its second update."""
 
-    def shares(self, batch: Any, units: Any) -> Any:
-        for share in super().shares(batch, units):
+    def losses(self, batch: Any, denominators: Any) -> Any:
+        for share in super().losses(batch, denominators):
             if self.global_step == 1:
                 share.loss.register_hook(lambda gradient: exhaust())
-            yield Share(share.loss, share.metrics)
+            yield StepLoss(share.loss, share.metrics)
 
 
 class HungrySampler(PPO):

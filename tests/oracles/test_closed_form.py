@@ -129,7 +129,7 @@ class Expected(PreferenceLoss):
 
 def minimise(module: DPO | RewardModel, batch: PreferenceBatch) -> None:
     """The module's own loss of a batch, by LBFGS to convergence."""
-    units = module.units(batch)
+    denominators = module.denominators(batch)
     optimizer = torch.optim.LBFGS(
         module.trainable_parameters(),
         max_iter=200,
@@ -141,7 +141,7 @@ def minimise(module: DPO | RewardModel, batch: PreferenceBatch) -> None:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        (share,) = module.shares(batch, units)
+        (share,) = module.losses(batch, denominators)
         share.loss.backward()
         return share.loss.detach()
 
@@ -443,7 +443,7 @@ def policy_gradient(module: PPO, record: RolloutRecord) -> float:
     weights = row_sums(record.comparison.policy, record.samples.sequences.mask).exp()
     for row, weight in enumerate(weights):
         batch = record.experience.select(torch.tensor([row]))
-        policy, _ = module.shares(batch, {name: torch.tensor(1.0) for name in ("tokens", "episodes")})
+        policy, _ = module.losses(batch, {name: torch.tensor(1.0) for name in ("tokens", "episodes")})
         (weight * policy.loss).backward()
     return float(module.roles.policy.lm_head.weight.grad.abs().max())
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_lit.algorithms import PPO
 from rlhf_lit.algorithms.algorithm import Optimizer
-from rlhf_lit.algorithms.policy import WritingAlgorithm
+from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.batches import PromptBatch, Sequences
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.records import Source
@@ -76,7 +76,7 @@ class World:
         cells = zip(prompts, responses, strict=True)
         return [float(self.rewards[PROMPTS.index(p), self.texts.index(r)]) for p, r in cells]
 
-    def table(self, module: WritingAlgorithm, role: Role = "policy") -> Tensor:
+    def table(self, module: Writer, role: Role = "policy") -> Tensor:
         """[prompts, responses] log π(y|x) of a role."""
         with torch.no_grad(), module.roles.acting(role) as model:
             return row_sums(token_logprobs(model, self.sequences), self.sequences.mask).view(len(PROMPTS), -1)
@@ -90,7 +90,7 @@ class World:
         firsts = torch.tensor([response[0] for response in self.responses])
         return torch.stack([table[:, firsts == token].logsumexp(-1) for token in range(VOCABULARY)], -1)
 
-    def write_policy(self, module: WritingAlgorithm, table: Tensor) -> None:
+    def write_policy(self, module: Writer, table: Tensor) -> None:
         """Make the policy be [prompts, responses] log-probs."""
         firsts = self.first_tokens(table)
         weight = module.roles.policy.lm_head.weight.data

@@ -122,7 +122,7 @@ def ready(module: Algorithm, data: TextDataModule) -> tuple[Algorithm, TextDataM
     """Models built, rows read, as the trainer would have them before the first step."""
     torch.manual_seed(0)
     module.configure_model()
-    module.modes()
+    module.set_train_mode()
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
     data.setup("fit")
     return module, data

@@ -176,7 +176,7 @@ def build(module: Module) -> Module:
     """The module with its models, in the mode it trains in."""
     torch.manual_seed(0)  # a new value head and new adapters are drawn from the global generator
     module.configure_model()
-    module.modes()
+    module.set_train_mode()
     return module
 
 
@@ -204,10 +204,10 @@ class Step:
     def __init__(self, module: Algorithm, batch: Any, cut: bool = True) -> None:
         module.zero_grad()
         self.totals: dict[str, float] = {}
-        units = module.units(batch)
+        denominators = module.denominators(batch)
         module.prepare(batch)
         for micro_batch in module.micro_batches(batch) if cut else [batch]:
-            for share in module.shares(micro_batch, units):
+            for share in module.losses(micro_batch, denominators):
                 share.loss.backward()
                 for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
                     self.totals[name] = self.totals.get(name, 0.0) + float(value)
@@ -248,7 +248,7 @@ def widen(batch: Any, extra: int, fill: int = EOS) -> Any:
         return Sequences(longer(s.tokens.masked_fill(past, fill), fill), s.lengths, longer(s.mask, False))
 
     if isinstance(batch, RankedBatch):
-        return replace(batch, answers=padded(batch.answers))
+        return replace(batch, sequences=padded(batch.sequences))
     if isinstance(batch, PreferenceBatch):
         return replace(batch, chosen=padded(batch.chosen), rejected=padded(batch.rejected))
     if isinstance(batch, UnpairedBatch):

@@ -160,8 +160,8 @@ def test_the_loss_is_a_mean_over_what_it_says(case: Case) -> None:
         return  # z is a number of the whole batch, and an SFT term has a denominator of its own
     rows = [batch.select(torch.tensor([i])) for i in range(len(batch))]
     by_token = not isinstance(module, RLOO | GRPO)
-    unit = next(iter(module.units(batch))) if by_token else "episodes"
-    weights = [float(module.units(row)[unit]) for row in rows]
+    unit = next(iter(module.denominators(batch))) if by_token else "episodes"
+    weights = [float(module.denominators(row)[unit]) for row in rows]
     losses = [tiny.Step(module, row).totals["loss"] for row in rows]
     mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
     assert tiny.Step(module, batch).totals["loss"] == pytest.approx(mean, rel=1e-9)

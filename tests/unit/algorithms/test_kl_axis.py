@@ -77,7 +77,7 @@ def test_the_loss_carries_its_gradient(
     expected = torch.autograd.grad(0.2 * kl, parameters, allow_unused=True)
     module.zero_grad()
     logged = 0.0
-    for share in module.shares(experience, module.units(experience)):
+    for share in module.losses(experience, module.denominators(experience)):
         share.loss.backward()
         logged += float(share.metrics.get("policy/kl_loss", 0.0))
     assert logged == pytest.approx(float(kl), abs=1e-6)
@@ -101,7 +101,7 @@ def test_the_penalty_is_zero_at_the_reference(llama: str, placement: Placement) 
     module = tiny.make_ppo(Base(name=llama), kl=FixedKL(0.2, estimator="full", placement=placement))
     experience = module.rollout(tiny.prompts(), 0)
     assert float(module._rollout_metrics["objective/non_score_reward"]) == 0.0
-    totals = [share.metrics for share in module.shares(experience, module.units(experience))]
+    totals = [share.metrics for share in module.losses(experience, module.denominators(experience))]
     assert sum(float(metrics.get("policy/kl_loss", 0.0)) for metrics in totals) == pytest.approx(0.0, abs=1e-7)
 
 
@@ -113,7 +113,7 @@ def test_the_update_uses_the_coefficient_of_its_rollout(llama: str, estimator: E
     assert experience.kl_coefficient == 0.2
     assert module.kl_coefficient == pytest.approx(0.2 * (1 + 0.2 * len(experience) / 10))
     experience.advantages.zero_()
-    shares = list(module.shares(experience, module.units(experience)))
+    shares = list(module.losses(experience, module.denominators(experience)))
     share = next(share for share in shares if "policy/kl_loss" in share.metrics)
     assert float(share.loss) == pytest.approx(0.2 * float(share.metrics["policy/kl_loss"]), rel=1e-6)
     assert float(share.loss) > 0.01

@@ -340,10 +340,10 @@ def test_a_critic_on_the_trunk_costs_no_pass_of_its_own(llama: str, lora: LoRA |
     assert passes.count(True) == 1 + full
 
     module.zero_grad()
-    units = module.units(batch)
+    denominators = module.denominators(batch)
     with module.roles.acting("value") as model:
-        module.value_share(model, batch, units).loss.backward()
-    for share in OnPolicy.shares(module, batch, units):
+        module.value_share(model, batch, denominators).loss.backward()
+    for share in OnPolicy.losses(module, batch, denominators):
         share.loss.backward()
     apart = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     assert together.gradients.keys() == apart.keys()

@@ -54,7 +54,7 @@ def test_calibration_and_length_correlation(batch: PreferenceBatch | RankedBatch
     module._evaluating = "val"
     with torch.no_grad():
         for part in batch.micro_batches():
-            list(module.shares(part, module.units(batch)))
+            list(module.losses(part, module.denominators(batch)))
     calibration, correlation = module._pair_metrics("val")
     compared = batch.comparisons()
     found, _ = scores(module, batch)

@@ -203,7 +203,7 @@ def test_batches_hold_whole_lists(module, capsys) -> None:
     own = AutoTokenizer.from_pretrained(PLAYGROUND)
     answers = [
         own.decode(t[m], skip_special_tokens=True).strip()
-        for t, m in zip(batch.answers.tokens, batch.answers.mask, strict=True)
+        for t, m in zip(batch.sequences.tokens, batch.sequences.mask, strict=True)
     ]
     assert answers == ["one", "two", "one", "two", "three four"]
 

@@ -48,9 +48,9 @@ def test_three_and_four_answers_with_ties_by_hand() -> None:
     first = [nll(0.7 + 0.4), nll(0.7 - 0.1), nll(-0.4 - 0.1)]
     second = [nll(1.5 - 0.2), nll(1.5 - 0.3), nll(-1.0 - 0.2), nll(-1.0 - 0.3)]
     module = known_scores(batch, scores)
-    units = module.units(batch)
-    (share,) = module.shares(batch, units)
-    assert {name: int(value) for name, value in units.items()} == {"prompts": 2, "pairs": 7, "answers": 7}
+    denominators = module.denominators(batch)
+    (share,) = module.losses(batch, denominators)
+    assert {name: int(value) for name, value in denominators.items()} == {"prompts": 2, "pairs": 7, "answers": 7}
     assert float(share.loss) == pytest.approx((sum(first) / 3 + sum(second) / 4) / 2, abs=1e-12)
     metrics = {name: float(value) for name, value in share.metrics.items()}
     differences = [1.1, 0.6, -0.5, 1.3, 1.2, -1.2, -1.3]
@@ -68,7 +68,7 @@ def test_three_and_four_answers_with_ties_by_hand() -> None:
 def test_margins_are_differences_of_ratings() -> None:
     batch = ranked([3], [1, 0, 2], [3.0, 4.5, 1.0])
     module = known_scores(batch, [0.0, 1.0, 2.0], BradleyTerryLoss(use_margin=True))
-    (share,) = module.shares(batch, module.units(batch))
+    (share,) = module.losses(batch, module.denominators(batch))
     expected = (nll(1.0 - 1.5) + nll(-1.0 - 3.5) + nll(-2.0 - 2.0)) / 3
     assert float(share.loss) == pytest.approx(expected, abs=1e-12)
 
@@ -78,7 +78,7 @@ def test_lists_of_two_are_pairs(llama: str) -> None:
     module = tiny.build(RewardModel(Base(name=llama), loss, share_prompts=False)).double()
     pairs = tiny.Step(module, PREFERENCES, cut=False)
     pairs.assert_equals(tiny.Step(module, as_lists(PREFERENCES), cut=False), 1e-12)
-    assert module.units(PREFERENCES) == module.units(as_lists(PREFERENCES))
+    assert module.denominators(PREFERENCES) == module.denominators(as_lists(PREFERENCES))
     # The same micro-batches too: a budget means the same to both.
     for budget in (1, 30, 60, 110):
         cut = [len(part) for part in tiny.preferences(budget).micro_batches()]
@@ -104,7 +104,7 @@ def test_selecting_prompts_takes_their_answers_along() -> None:
     parts = batch.select(torch.tensor([2, 0]))
     assert parts.counts.tolist() == [2, 3]
     assert parts.rank.tolist() == [*batch.rank[7:9], *batch.rank[:3]]
-    assert parts.answers.lengths.tolist() == [*batch.answers.lengths[7:9], *batch.answers.lengths[:3]]
+    assert parts.answers.lengths.tolist() == [*batch.sequences.lengths[7:9], *batch.sequences.lengths[:3]]
     empty = batch.select(torch.tensor([], dtype=torch.int64))
     assert len(empty) == len(empty.comparisons().better) == len(list(empty.micro_batches())) == 0
 
@@ -118,5 +118,5 @@ def test_each_answer_is_forwarded_once(llama: str) -> None:
     module.scores = lambda rows, states=None: seen.append(len(rows)) or scores(rows, states)  # type: ignore
     batch = tiny.rankings()
     tiny.Step(module, batch)
-    assert sum(seen) == len(batch.answers) == 13
+    assert sum(seen) == len(batch.sequences) == 13
     assert len(batch.comparisons().better) > 13

@@ -125,7 +125,7 @@ def test_what_trains_and_what_stays_over_steps(llama: str, tmp_path: Path, quant
 def test_gradients_of_one_role_never_touch_another(llama: str, tmp_path: Path) -> None:
     module = ppo(llama, tmp_path, None)
     experience = module.rollout(tiny.prompts(), 0)
-    shares = list(module.shares(experience, module.units(experience)))
+    shares = list(module.losses(experience, module.denominators(experience)))
     assert len(shares) == 2
     for share, adapter in zip(shares, ("default", "value"), strict=True):
         module.zero_grad()
