@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from rlhf_lit import checkpoint_io
+from rlhf_lit.training import checkpoint as checkpoint_io
 
 
 def die() -> None:

@@ -22,8 +22,8 @@ import pytest
 import torch
 import yaml
 
-from rlhf_lit import quickstart
 from rlhf_lit.__main__ import TRAINING, main
+from rlhf_lit.commands import quickstart
 from rlhf_lit.commands.training import Parser
 from rlhf_lit.data import records
 from rlhf_lit.errors import UserError

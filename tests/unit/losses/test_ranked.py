@@ -104,7 +104,7 @@ def test_selecting_prompts_takes_their_answers_along() -> None:
     parts = batch.select(torch.tensor([2, 0]))
     assert parts.counts.tolist() == [2, 3]
     assert parts.rank.tolist() == [*batch.rank[7:9], *batch.rank[:3]]
-    assert parts.answers.lengths.tolist() == [*batch.sequences.lengths[7:9], *batch.sequences.lengths[:3]]
+    assert parts.sequences.lengths.tolist() == [*batch.sequences.lengths[7:9], *batch.sequences.lengths[:3]]
     empty = batch.select(torch.tensor([], dtype=torch.int64))
     assert len(empty) == len(empty.comparisons().better) == len(list(empty.micro_batches())) == 0
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 
 import pytest
-from rlhf_lit.ranks import watch
 
+from rlhf_lit.parallel import watch
 from rlhf_lit.parallel.watch import Loss, Watch
 
 WORLD = 3

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lit import timing
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import PromptBatch
-from rlhf_lit.data import batching
+from rlhf_lit.data import loader
 from rlhf_lit.data.loader import BatchLoader, RolloutLoader
+from rlhf_lit.trainer import timing
 
 
 class Clock:
@@ -32,7 +32,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (timing, batching):
+    for module in (timing, loader):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_lit import checkpoint_io
+from rlhf_lit.training import checkpoint as checkpoint_io
 from rlhf_lit.training.checkpoint import WholeFiles
 
 
