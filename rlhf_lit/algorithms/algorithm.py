@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from rlhf_lit.batches import Record
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.compilation import compile_layers
-from rlhf_lit.models.flat import drawn, plain_name
-from rlhf_lit.models.flops import Pass, flops, peak_flops
+from rlhf_lit.models.flat import plain_name
+from rlhf_lit.models.flops import Pass, count_flops, peak_flops
 from rlhf_lit.models.loading import Base, load_tokenizer, require_embeddings
 from rlhf_lit.models.packing import packs
 from rlhf_lit.parallel.sharding import is_sharded, passes, shard
@@ -178,32 +178,46 @@ class Algorithm(LightningModule):
     # The step
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One optimizer step over one batch."""
+        """One optimizer step over one batch, and its numbers."""
         started = time.perf_counter()
         reseed("step", self.global_step, self.global_rank)
-        optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
+        with count_flops() as counted:
+            totals = self.step(batch)
+        self.log("train/learning_rate", scheduler.optimizer.param_groups[0]["lr"])
+        if self.trainer.global_step == self.trainer.max_steps:
+            # Lightning validates when an epoch ends or a run is told to stop, but not at the last of max_steps.
+            self.trainer.should_stop = True
+        self.log_step(totals, totals.pop("grad_norm"))
+        scheduler.step()  # after what was logged, which is the rates this step was made with
+        tokens = sum(int(sequences.lengths.sum()) for sequences in batch.answers())
+        seconds = time.perf_counter() - started
+        self.log("train/tokens_per_s", tokens / seconds, prog_bar=True)
+        if counted.total is not None:
+            rate = counted.total / seconds  # of this rank; a tensor still, not to wait for it
+            self.log("train/tflops_per_s", rate / 1e12)
+            if peak := peak_flops(self.device, self.base, str(self.trainer.precision)):
+                self.log("train/mfu", rate / peak)
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        """Sum the losses of a batch's micro-batches, on all ranks, and move the weights once.
+
+        Returns:
+            The step's metrics over all ranks, with ``loss``, and ``grad_norm`` before clipping.
+        """
+        optimizer: Any = self.optimizers()
         denominators = {name: self.sum_over_ranks(count) for name, count in self.denominators(batch).items()}
         self.prepare(batch)
         totals: dict[str, Tensor] = {}
         with reduction.local_gradients(self.trainer):
             for micro_batch in self.in_step(batch):
-                for term in drawn(self, self.losses(micro_batch, denominators)):
+                for term in self.losses(micro_batch, denominators):
                     self.manual_backward(0 * term.loss if self.on_dummy else term.loss)
                     self._add(totals, term)
         norm = reduction.reduce_and_clip(self, self.moving_parameters(), self.optimizer_settings.max_grad_norm)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()  # now, not before the next backward pass: a rollout or a validation may come in between
-        if self.trainer.global_step == self.trainer.max_steps:
-            # Lightning validates when an epoch ends or a run is told to stop, but not at the last of max_steps.
-            self.trainer.should_stop = True
-        self.log_step(reduction.sum_metrics(self, totals), norm)
-        scheduler.step()  # after what was logged, which is the rates this step was made with
-        tokens = sum(int(sequences.lengths.sum()) for sequences in batch.answers())
-        seconds = time.perf_counter() - started
-        self.log("train/tokens_per_s", tokens / seconds, prog_bar=True)
-        self._log_flops(list(self.model_passes(batch)), seconds)
+        return {**reduction.sum_metrics(self, totals), "grad_norm": norm}
 
     def in_step(self, batch: Any) -> Iterator[Any]:
         """The micro-batches of a batch; where models are sharded, then dummies as long as another rank has more."""
@@ -223,15 +237,6 @@ class Algorithm(LightningModule):
         for name, total in totals.items():
             self.log(f"train/{name}", total, prog_bar=name == "loss" or name in self.progress_metrics)
         self.log("train/grad_norm", grad_norm)
-
-    def _log_flops(self, passes: list[Pass], seconds: float) -> None:
-        """This rank's rate, and its part of what the device could do. The count stays a tensor, not to wait for it."""
-        if not passes:
-            return
-        rate = flops(passes) / seconds
-        self.log("train/tflops_per_s", rate / 1e12)
-        if peak := peak_flops(self.device, self.base, str(self.trainer.precision)):
-            self.log("train/mfu", rate / peak)
 
     sum_over_ranks = reduction.sum_over_ranks
     max_over_ranks = reduction.max_over_ranks

@@ -81,9 +81,15 @@ class VLLMEngine:
 
     Args:
         settings: its memory and its width.
+        remote_code: whether the model comes with code of its own.
+
+    Raises:
+        UserError: it does.
     """
 
-    def __init__(self, settings: VLLM) -> None:
+    def __init__(self, settings: VLLM, remote_code: bool = False) -> None:
+        if remote_code:
+            raise UserError("model.vllm: a model with code of its own (base.trust_remote_code) is not handed to vLLM")
         self.settings = settings
         self._llm: Any = None
         self._asleep = False
