@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.algorithm import Algorithm, StepLoss, require_no_dropout
+from rlhf_lit.algorithms.algorithm import Algorithm, StepLoss
 from rlhf_lit.algorithms.policy import EVALUATION, Writer
 from rlhf_lit.batches import ExperienceBatch, PromptBatch
 from rlhf_lit.errors import UserError, say
@@ -24,7 +24,7 @@ from rlhf_lit.losses.advantages import AdvantageEstimator, LeaveOneOut
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, PolicyLoss
 from rlhf_lit.losses.reductions import masked_sum, token_weights
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.loading import Base, require_no_dropout
 from rlhf_lit.models.logprobs import PolicyOutputs, policy_outputs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.score_pass import exact_kl_to_reference
@@ -34,8 +34,11 @@ from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.rollout.shaping import ScoreMoments, Shaping
-from rlhf_lit.rollout.vllm_engine import VLLM, VLLMEngine, require_vllm
+from rlhf_lit.rollout.vllm_engine import UNCORRECTED, VLLM, VLLMEngine, require_vllm
 from rlhf_lit.training.optimizer import Optimizer, Schedule
+
+# What a checkpoint holds beside the weights and the moments of the scores.
+STATE = ("kl_multiplier", "rollout_spent", "rollout_metrics")
 
 
 class OnPolicy(Writer, Algorithm):
@@ -107,8 +110,8 @@ class OnPolicy(Writer, Algorithm):
         self.rollout_spent = False  # what the last step said of its rollout; the loader asks before the next minibatch
         self.rollout_seconds = 0.0  # of sampling and scoring, so far
         self.rollout_metrics: dict[str, float] = {}
+        # Called after each rollout with its number and all that it was made of.
         self.on_rollout: Callable[[int, RolloutRecord], None] | None = None
-        """Called after each rollout with its number and all that it was made of."""
 
     # Setup
 
@@ -128,14 +131,10 @@ class OnPolicy(Writer, Algorithm):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.advantages.needs_several and self.trainer.datamodule.samples_per_prompt < 2:  # type: ignore[attr-defined]
-            raise UserError(
-                f"data.samples_per_prompt: {type(self).__name__} compares responses to one prompt; set it to 2 or more"
-            )
+            name = type(self).__name__
+            raise UserError(f"data.samples_per_prompt: {name} compares responses to one prompt; set it to 2 or more")
         if self.vllm is not None and self.policy_loss.importance_cap is None:
-            say(
-                "note: model.vllm: its log-probs differ from the training forward's, and nothing corrects for that "
-                "while model.policy_loss.importance_cap is null (2 in the paper)"
-            )
+            say(UNCORRECTED)
         if note := self.kl.note(self.advantages.rescales):
             say(f"note: model.kl: {note}")
 
@@ -147,12 +146,7 @@ class OnPolicy(Writer, Algorithm):
         return self.kl.beta * self.kl_multiplier
 
     def rollout(self, prompts: PromptBatch, number: int) -> ExperienceBatch:
-        """A rollout with the present policy (``rollout.collect``), and the controller's step after it.
-
-        Args:
-            prompts: this rank's part of the rollout's prompts, on its device.
-            number: which rollout of the run this is; keys the sampling noise.
-        """
+        """A rollout with the present policy (``rollout.collect``), and the controller's step after it."""
         # Sampling draws by keys of its own; a reward function may ask the global generators.
         reseed("rollout", number, self.global_rank)
         collected = collect(self, prompts, number)
@@ -182,7 +176,7 @@ class OnPolicy(Writer, Algorithm):
         yield from self.exact_kl_terms(batch, denominators)
 
     def outputs(self, model: nn.Module, batch: ExperienceBatch, value_head: nn.Module | None = None) -> PolicyOutputs:
-        """One pass of a micro-batch through the policy, whose role must be in force until the backward pass has run."""
+        """One pass through the policy, whose role must be in force until the backward pass has run."""
         bonus = self.policy_loss.entropy_coefficient > 0
         return policy_outputs(model, batch.sequences, self.sampling.temperature, entropy=bonus, value_head=value_head)
 
@@ -193,13 +187,7 @@ class OnPolicy(Writer, Algorithm):
         weights = self._weights(batch, denominators, logprobs.dtype)
         loss = masked_sum(weights * terms.losses, mask)
         metrics = {"policy/loss": loss.detach()}
-        per_token = {
-            "policy/approxkl": (logprobs - batch.old_logprobs).square() / 2,
-            "policy/update_kl": batch.old_logprobs - logprobs,
-            "policy/clipfrac": terms.clipped.float(),
-            "policy/ratio_mean": terms.ratio,
-            "policy/ratio_square": terms.ratio.square(),
-        }
+        per_token = terms.metrics(logprobs, batch.old_logprobs)
         if loss_of.importance_cap is not None:
             per_token["policy/importance"] = terms.importance
         if outputs.entropy is not None:
@@ -261,14 +249,10 @@ class OnPolicy(Writer, Algorithm):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["kl_multiplier"] = self.kl_multiplier
-        checkpoint["score_moments"] = asdict(self.score_moments)
-        checkpoint["rollout_spent"] = self.rollout_spent
-        checkpoint["rollout_metrics"] = dict(self.rollout_metrics)
+        checkpoint.update({name: getattr(self, name) for name in STATE}, score_moments=asdict(self.score_moments))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.kl_multiplier = checkpoint["kl_multiplier"]
         self.score_moments = ScoreMoments(**checkpoint["score_moments"])
-        self.rollout_spent = checkpoint["rollout_spent"]
-        self.rollout_metrics = dict(checkpoint["rollout_metrics"])
+        for name in STATE:
+            setattr(self, name, checkpoint[name])

@@ -43,6 +43,16 @@ class PolicyTerms(NamedTuple):
     clipped: Tensor
     importance: Tensor
 
+    def metrics(self, logprobs: Tensor, old_logprobs: Tensor) -> dict[str, Tensor]:
+        """How far the policy has moved from the one that sampled, by name (docs/metrics.md). [rows, time] each."""
+        return {
+            "policy/approxkl": (logprobs - old_logprobs).square() / 2,
+            "policy/update_kl": old_logprobs - logprobs,
+            "policy/clipfrac": self.clipped.float(),
+            "policy/ratio_mean": self.ratio,
+            "policy/ratio_square": self.ratio.square(),
+        }
+
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """ρ_t = π/π_old of each token, its logarithm within ±20. [rows, time] each."""

@@ -31,6 +31,11 @@ from rlhf_lit.rollout.engine import Samples, Sampling
 # vLLM raises a temperature between 0 and this one to it (vllm/sampling_params.py): another distribution.
 LEAST_TEMPERATURE = 0.01
 
+UNCORRECTED = (
+    "note: model.vllm: its log-probs differ from the training forward's, and nothing corrects for that while "
+    "model.policy_loss.importance_cap is null (2 in the paper)"
+)
+
 
 @dataclass(frozen=True)
 class VLLM:
