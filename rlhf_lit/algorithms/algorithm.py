@@ -4,7 +4,7 @@ A batch is what one optimizer step sees on this rank. ``step`` cuts it into leng
 over denominators of the whole batch on all ranks, and moves the weights once: a Lightning step is an optimizer step,
 accumulation is exact by construction, and ``micro_batch_tokens`` changes no result beyond float rounding.
 
-Left out: automatic optimisation, gradient accumulation as a setting of its own, and several optimizers.
+Left out: automatic optimisation, gradient accumulation as a setting, several optimizers.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ class Algorithm(LightningModule):
     # The denominator by which validation averages over batches, and that of metrics which have another.
     averaged_over: ClassVar[str]
     metrics_averaged_over: ClassVar[dict[str, str]] = {}
-    # Whether ``trained_model`` scores sequences; else it is a language model.
-    trains_scorer: ClassVar[bool] = False
+    trains_scorer: ClassVar[bool] = False  # whether ``trained_model`` scores sequences; else it is a language model
 
     def __init__(self, base: Base, learning_rate: float, optimizer: Optimizer, schedule: Schedule) -> None:
         super().__init__()
