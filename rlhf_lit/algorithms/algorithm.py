@@ -10,7 +10,7 @@ Left out: automatic optimisation, gradient accumulation as a setting of its own,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -23,9 +23,9 @@ from rlhf_lit.batches import Record
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.compilation import compile_layers
 from rlhf_lit.models.flat import drawn, plain_name
-from rlhf_lit.models.flops import Pass, flops, peak_flops
+from rlhf_lit.models.flops import count_flops
 from rlhf_lit.models.loading import Base, load_tokenizer, require_embeddings
-from rlhf_lit.models.packing import packs
+from rlhf_lit.models.packing import layout_of
 from rlhf_lit.parallel.sharding import is_sharded, passes, shard
 from rlhf_lit.randomness import reseed
 from rlhf_lit.training import checkpoint as checkpoints
@@ -33,6 +33,7 @@ from rlhf_lit.training import reduction
 from rlhf_lit.training.averages import Averages
 from rlhf_lit.training.malloc import keep_freed_memory
 from rlhf_lit.training.optimizer import Optimizer, Schedule, apply_settings
+from rlhf_lit.training.utilisation import peak_flops
 
 __all__ = ["Algorithm", "Optimizer", "Schedule", "StepLoss"]
 
@@ -122,14 +123,9 @@ class Algorithm(LightningModule):
         """
         raise NotImplementedError
 
-    def model_passes(self, batch: Any) -> Iterable[Pass]:
-        """The passes that a step over a batch makes through models, for ``train/tflops_per_s``; where there are none
-        it is not logged."""
-        return ()
-
     def micro_batches(self, batch: Any) -> Iterator[Any]:
         """The pieces of a batch that go through the device at once."""
-        yield from batch.micro_batches(self.packed)
+        yield from batch.micro_batches(layout_of(self))
 
     def sample_completions(self) -> list[dict[str, Any]]:
         """A few completions for people to read; none where the algorithm does not write."""
@@ -158,13 +154,6 @@ class Algorithm(LightningModule):
             shard(self, self._device_mesh["data_parallel"])
         self._built = True
 
-    @property
-    def packed(self) -> bool:
-        """Whether the sequences of a micro-batch stand in one row, so that it is filled without padding."""
-        from transformers import PreTrainedModel
-
-        return all(packs(module) for module in self.modules() if isinstance(module, PreTrainedModel))
-
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -184,13 +173,15 @@ class Algorithm(LightningModule):
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         denominators = {name: self.sum_over_ranks(count) for name, count in self.denominators(batch).items()}
-        self.prepare(batch)
         totals: dict[str, Tensor] = {}
-        with reduction.local_gradients(self.trainer):
-            for micro_batch in self.in_step(batch):
-                for term in drawn(self, self.losses(micro_batch, denominators)):
-                    self.manual_backward(0 * term.loss if self.on_dummy else term.loss)
-                    self._add(totals, term)
+        with count_flops() as counted:
+            self.prepare(batch)
+            with reduction.local_gradients(self.trainer):
+                for micro_batch in self.in_step(batch):
+                    counted.paused = self.on_dummy
+                    for term in drawn(self, self.losses(micro_batch, denominators)):
+                        self.manual_backward(0 * term.loss if self.on_dummy else term.loss)
+                        self._add(totals, term)
         norm = reduction.reduce_and_clip(self, self.moving_parameters(), self.optimizer_settings.max_grad_norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -203,7 +194,7 @@ class Algorithm(LightningModule):
         tokens = sum(int(sequences.lengths.sum()) for sequences in batch.answers())
         seconds = time.perf_counter() - started
         self.log("train/tokens_per_s", tokens / seconds, prog_bar=True)
-        self._log_flops(list(self.model_passes(batch)), seconds)
+        self._log_flops(counted.total, seconds)
 
     def in_step(self, batch: Any) -> Iterator[Any]:
         """The micro-batches of a batch; where models are sharded, then dummies as long as another rank has more."""
@@ -224,11 +215,11 @@ class Algorithm(LightningModule):
             self.log(f"train/{name}", total, prog_bar=name == "loss" or name in self.progress_metrics)
         self.log("train/grad_norm", grad_norm)
 
-    def _log_flops(self, passes: list[Pass], seconds: float) -> None:
-        """This rank's rate, and its part of what the device could do. The count stays a tensor, not to wait for it."""
-        if not passes:
+    def _log_flops(self, flops: Tensor | None, seconds: float) -> None:
+        """This rank's rate, and its part of what the device could do; nothing where no pass was counted."""
+        if flops is None:
             return
-        rate = flops(passes) / seconds
+        rate = flops / seconds
         self.log("train/tflops_per_s", rate / 1e12)
         if peak := peak_flops(self.device, self.base, str(self.trainer.precision)):
             self.log("train/mfu", rate / peak)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, StepLoss, require_no_dropout
 from rlhf_lit.algorithms.policy import SCORING_BUDGET, Writer
@@ -25,10 +25,9 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import KLController, estimate_kl, fixed_point
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.losses.reductions import masked_sum, row_sums, token_weights
-from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
-from rlhf_lit.models.logprobs import token_logprobs, token_logprobs_and_entropy
-from rlhf_lit.models.packing import response_states
+from rlhf_lit.models.logprobs import PolicyOutputs, policy_outputs
+from rlhf_lit.models.packing import layout_of
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.score_pass import Comparison, compare_with_reference, exact_kl_to_reference
 from rlhf_lit.parallel.sharding import passes
@@ -243,7 +242,7 @@ class OnPolicy(Writer, Algorithm):
     def _score_pass(self, sequences: Sequences, budget: int) -> Comparison:
         """Policy and reference on the sampled responses, in micro-batches. [rows, time] each."""
         comparison = Comparison.empty(sequences, self.roles.value_on_trunk)
-        groups = sequences.cut_responses(SCORING_BUDGET * budget, self.packed)
+        groups = sequences.cut_responses(SCORING_BUDGET * budget, layout_of(self))
         for rows, counts in passes(self.roles, groups, no_rows):
             rows = rows.to(sequences.tokens.device)
             part = compare_with_reference(self.roles, sequences.part(rows), self.sampling.temperature)
@@ -316,27 +315,21 @@ class OnPolicy(Writer, Algorithm):
 
     def losses(self, batch: ExperienceBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         with self.roles.acting("policy") as model:
-            yield self.policy_share(model, batch, denominators)
+            bonus = bool(self.policy_loss.entropy_coefficient)
+            outputs = policy_outputs(model, batch.sequences, self.sampling.temperature, entropy=bonus)
+            yield self.policy_share(outputs, batch, denominators)
         yield from self.kl_shares(batch, denominators)
 
-    def policy_share(
-        self, model: nn.Module, batch: ExperienceBatch, denominators: dict[str, Tensor], states: Tensor | None = None
-    ) -> StepLoss:
+    def policy_share(self, outputs: PolicyOutputs, batch: ExperienceBatch, denominators: dict[str, Tensor]) -> StepLoss:
         """The policy's loss on a micro-batch: clipped objective, entropy bonus, and the KL where it stands there.
 
         Args:
-            model: the policy, whose role is in force until the share has been followed backwards.
+            outputs: of the policy, whose role is in force until the backward pass.
             batch: a micro-batch.
-            units: denominators of the whole batch.
-            states: [rows, time, width] the policy's hidden states, where they are at hand.
+            denominators: of the whole batch.
         """
         mask, bonus = batch.sequences.mask, self.policy_loss.entropy_coefficient
-        temperature = self.sampling.temperature
-        states = response_states(model, batch.sequences) if states is None else states
-        if bonus:
-            logprobs, entropy = token_logprobs_and_entropy(model, batch.sequences, temperature, states)
-        else:
-            logprobs, entropy = token_logprobs(model, batch.sequences, temperature, states), None
+        logprobs, entropy = outputs.logprobs, outputs.entropy
         terms = self.policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, batch.sampled_logprobs)
         weights = self._weights(batch, denominators, logprobs.dtype)
         loss = masked_sum(weights * terms.losses, mask)
@@ -367,13 +360,6 @@ class OnPolicy(Writer, Algorithm):
                 exact = exact_kl_to_reference(self.roles, batch.sequences, self.sampling.temperature)
                 kl_loss = masked_sum(self._weights(batch, denominators, exact.dtype) * exact, batch.sequences.mask)
                 yield StepLoss(batch.kl_coefficient * kl_loss, {"policy/kl_loss": kl_loss.detach()})
-
-    def model_passes(self, batch: ExperienceBatch) -> list[Pass]:
-        """Of the update alone; sampling and scoring have times of their own."""
-        found = [self.roles.pass_of("policy", batch.sequences)]
-        if self.kl.placement == "loss" and self.kl.estimator == "full":  # ``kl_shares``
-            found += [found[0], self.roles.pass_of("reference", batch.sequences, backward=False)]
-        return found
 
     def _weights(self, batch: ExperienceBatch, denominators: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """[rows, time] what each token counts in the policy's loss."""

@@ -25,10 +25,10 @@ from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, ClippedValueLoss
 from rlhf_lit.losses.reductions import masked_sum, moments, whiten
-from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
-from rlhf_lit.models.packing import response_states
+from rlhf_lit.models.logprobs import policy_outputs
+from rlhf_lit.models.packing import layout_of
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.models.score_pass import Comparison
 from rlhf_lit.parallel.sharding import passes
@@ -125,11 +125,11 @@ class PPO(OnPolicy):
     def _values(self, sequences: Sequences, budget: int) -> Tensor:
         """[rows, time] of a critic with a pass of its own, in micro-batches of ``budget`` tokens."""
         values = torch.zeros(sequences.tokens.shape, device=sequences.tokens.device)
-        for rows, counts in passes(self.roles, sequences.cut_responses(budget, self.packed), no_rows):
+        for rows, counts in passes(self.roles, sequences.cut_responses(budget, layout_of(self)), no_rows):
             rows = rows.to(values.device)
             part = sequences.part(rows)
             with self.roles.acting("value") as model:
-                found = token_values(model, self.roles.heads["value"], part, response_states(model, part))
+                found = token_values(model, self.roles.heads["value"], part)
             if counts:
                 values[rows, : part.tokens.shape[1]] = found.to(values.dtype)
         return values
@@ -155,31 +155,28 @@ class PPO(OnPolicy):
         if self.critic.trunk and not self.warming_up:
             # Both losses stand on the same hidden states: one pass forwards and one backwards do for the two.
             with self.roles.acting("policy") as model:
-                states = response_states(model, batch.sequences)
-                policy = self.policy_share(model, batch, denominators, states)
-                value = self.value_share(model, batch, denominators, states)
+                outputs = policy_outputs(
+                    model,
+                    batch.sequences,
+                    self.sampling.temperature,
+                    entropy=bool(self.policy_loss.entropy_coefficient),
+                    value_head=self.roles.heads["value"],
+                )
+                assert outputs.values is not None
+                policy = self.policy_share(outputs, batch, denominators)
+                value = self.value_share(outputs.values, batch, denominators)
                 yield StepLoss(policy.loss + value.loss, policy.metrics | value.metrics)
             yield from self.kl_shares(batch, denominators)
             return
         if not self.warming_up:
             yield from super().losses(batch, denominators)
         with self.roles.acting("value") as model:
-            yield self.value_share(model, batch, denominators)
+            values = token_values(model, self.roles.heads["value"], batch.sequences)
+            yield self.value_share(values, batch, denominators)
 
-    def model_passes(self, batch: ExperienceBatch) -> list[Pass]:
-        """While the critic warms up it is alone; later a critic on the policy's trunk shares the policy's pass."""
-        policy = [] if self.warming_up else super().model_passes(batch)
-        if policy and self.critic.trunk:
-            return policy
-        return [*policy, self.roles.pass_of("value", batch.sequences, head=False)]
-
-    def value_share(
-        self, model: nn.Module, batch: ExperienceBatch, denominators: dict[str, Tensor], states: Tensor | None = None
-    ) -> StepLoss:
-        """The critic's loss on a micro-batch; arguments as of ``policy_share``, of the critic."""
+    def value_share(self, values: Tensor, batch: ExperienceBatch, denominators: dict[str, Tensor]) -> StepLoss:
+        """The critic's loss on a micro-batch, from its [rows, time] values."""
         mask, tokens = batch.sequences.mask, denominators["tokens"]
-        states = response_states(model, batch.sequences) if states is None else states
-        values = token_values(model, self.roles.heads["value"], batch.sequences, states)
         losses, clipped = self.value_loss(values, batch.values, batch.returns)
         loss = masked_sum(losses, mask) / tokens
         clipfrac = masked_sum(clipped.float(), mask) / tokens

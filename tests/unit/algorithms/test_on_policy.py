@@ -342,7 +342,8 @@ def test_a_critic_on_the_trunk_costs_no_pass_of_its_own(llama: str, lora: LoRA |
     module.zero_grad()
     denominators = module.denominators(batch)
     with module.roles.acting("value") as model:
-        module.value_share(model, batch, denominators).loss.backward()
+        values = token_values(model, module.roles.heads["value"], batch.sequences)
+        module.value_share(values, batch, denominators).loss.backward()
     for share in OnPolicy.losses(module, batch, denominators):
         share.loss.backward()
     apart = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
