@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlhf_lit.batches import Record
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.compilation import compile_layers
-from rlhf_lit.models.flops import count_flops, log_rate
+from rlhf_lit.models.flops import count_flops, uncounted
 from rlhf_lit.models.loading import Base, load_tokenizer, require_embeddings
 from rlhf_lit.models.packing import layout_of
 from rlhf_lit.parallel.sharding import shard, sharding_of
@@ -30,6 +30,7 @@ from rlhf_lit.training import evaluation, reduction
 from rlhf_lit.training.malloc import keep_freed_memory
 from rlhf_lit.training.optimizer import Optimizer, Schedule, apply_settings, configure
 from rlhf_lit.training.reduction import StepLoss
+from rlhf_lit.training.utilisation import log_rate
 
 __all__ = ["Algorithm", "Optimizer", "Schedule", "StepLoss"]
 
@@ -151,8 +152,9 @@ class Algorithm(LightningModule):
         parts = batch.micro_batches(layout_of(self))
         for micro_batch, counts in sharding_of(self).passes(parts, batch.dummy):
             self.on_dummy = not counts
-            for term in self.losses(micro_batch, denominators):
-                yield term if counts else StepLoss(0 * term.loss, {})
+            with uncounted(self.on_dummy):
+                for term in self.losses(micro_batch, denominators):
+                    yield term if counts else StepLoss(0 * term.loss, {})
         self.on_dummy = False
 
     def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:

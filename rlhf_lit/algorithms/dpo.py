@@ -2,13 +2,14 @@
 
 For each pair, the summed log-probs of both responses under the policy and the reference; what is made of them is the
 loss's own business (``rlhf_lit.losses.preference``). Losses that read no reference (SimPO, ORPO) are given none.
+
+Left out: pairs sampled from the policy itself (online DPO), and weights of single tokens within a response.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,10 +20,8 @@ from rlhf_lit.batches import PreferenceBatch, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import PairLogProbs, PreferenceLoss
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
-from rlhf_lit.models.packing import pair_states
 from rlhf_lit.rollout.engine import Sampling
 
 
@@ -36,8 +35,6 @@ class DPO(OfflineAlgorithm):
         base: the model to start from, usually an SFT run.
         loss: which loss, with its β.
         reference: whether there is one, computed beforehand or not, fixed or following the policy.
-        share_prompts: compute the prompt of a pair once for both sides, where the model takes several sequences in one
-            row (``models.states.packs``). How this machine carries it out: no result depends on it beyond rounding.
         sft_coefficient: c of an added c·Σ −log π(y_w,t)/Σ 1 over the tokens of the chosen responses, which keeps them
             likely (Liu et al. 2024, arXiv 2405.16436; Pang et al. 2024, arXiv 2404.19733). 0 leaves it out.
         learning_rate: peak learning rate.
@@ -57,7 +54,6 @@ class DPO(OfflineAlgorithm):
         loss: PreferenceLoss,
         reference: Reference = Reference(),
         sft_coefficient: float = 0.0,
-        share_prompts: bool = True,
         learning_rate: float = 1e-6,
         optimizer: Optimizer = Optimizer(),
         schedule: Schedule = Schedule(),
@@ -70,25 +66,19 @@ class DPO(OfflineAlgorithm):
             raise UserError(f"model.sft_coefficient must be at least 0, not {sft_coefficient}")
         self.loss = loss
         self.sft_coefficient = sft_coefficient
-        self.share_prompts = share_prompts
 
     def denominators(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         pairs = torch.tensor(float(len(batch)), device=self.device)
         return {"pairs": pairs, "chosen_tokens": batch.chosen.mask.sum().float()}
-
-    def micro_batches(self, batch: PreferenceBatch) -> Iterator[PreferenceBatch]:
-        yield from batch.micro_batches(self.packed, self.share_prompts)
 
     def with_reference(self, batch: PreferenceBatch, logprobs: Callable[[Sequences], Tensor]) -> PreferenceBatch:
         return replace(batch, reference_chosen=logprobs(batch.chosen), reference_rejected=logprobs(batch.rejected))
 
     def losses(self, batch: PreferenceBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         sides = batch.sides()  # one forward for both
-        states = partial(pair_states, chosen=batch.chosen, rejected=batch.rejected) if self.share_prompts else None
-        reference = self.reference_sums(sides, batch.reference_sides(), states)
+        reference = self.reference_sums(sides, batch.reference_sides())
         with self.roles.acting("policy") as model:
-            logprobs = token_logprobs(model, sides, states=states(model) if states else None)
-            policy = row_sums(logprobs, sides.mask)
+            policy = row_sums(token_logprobs(model, sides), sides.mask)
             pairs = PairLogProbs(*policy.chunk(2), *reference.chunk(2), *sides.mask.sum(-1).chunk(2))
             loss = self.loss(pairs).sum() / denominators["pairs"]
             metrics = self._metrics(pairs, denominators["pairs"])
@@ -97,10 +87,6 @@ class DPO(OfflineAlgorithm):
                 loss = loss + self.sft_coefficient * sft
                 metrics["sft_loss"] = sft.detach()
             yield StepLoss(loss, metrics)
-
-    def model_passes(self, batch: PreferenceBatch) -> list[Pass]:
-        sides = batch.sides()
-        return [self.roles.pass_of("policy", sides), *self.reference_passes(sides, batch.reference_chosen)]
 
     def value_at_start(self, batch: PreferenceBatch) -> float | None:
         """The batch's loss while policy = reference; None where that is not known."""

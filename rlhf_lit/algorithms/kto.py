@@ -2,6 +2,8 @@
 
 A response gains by being good and likelier than under the reference, or bad and less likely, beyond z: an estimate of
 KL(π‖π₀), the same for the whole batch on all ranks, from the batch's prompts with responses of other rows.
+
+Left out: losses without a reference, and KTO on pairs other than as two judged responses each.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from torch import Tensor
 from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, StepLoss
 from rlhf_lit.algorithms.offline import OfflineAlgorithm, Reference
 from rlhf_lit.batches import Sequences, UnpairedBatch
-from rlhf_lit.batches.micro_batches import SCORING_BUDGET, cut_by_tokens
+from rlhf_lit.batches.micro_batches import SCORING_BUDGET
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import KTOLoss
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.flops import Pass
+from rlhf_lit.models.flops import uncounted
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.models.packing import layout_of
 from rlhf_lit.parallel.sharding import passes
 from rlhf_lit.rollout.engine import Sampling
 
@@ -60,16 +63,17 @@ class KTO(OfflineAlgorithm):
         if reference.free:
             raise UserError("model.reference.free: KTO measures its gains from the KL to a reference; set it to false")
         self.loss = loss
-        # z of the batch at hand, set by ``prepare``.
+        # z of the present batch, set by ``prepare``.
         self.baseline = torch.tensor(0.0)
 
     @torch.no_grad()
     def prepare(self, batch: UnpairedBatch) -> None:
         """z = max(0, mean Δ of the mismatched responses), over the whole batch on all ranks."""
         total = torch.zeros((), device=self.device)
-        groups = cut_by_tokens(batch.mismatched.lengths.cpu(), SCORING_BUDGET * batch.micro_batch_tokens)
+        groups = batch.mismatched.cut_responses(SCORING_BUDGET * batch.micro_batch_tokens, layout_of(self))
         for part, counts in passes(self, (batch.select(rows) for rows in groups), batch.dummy):
-            found = self._logratios(part.mismatched, part.reference_mismatched).sum()
+            with uncounted(not counts):
+                found = self._logratios(part.mismatched, part.reference_mismatched).sum()
             total = total + found if counts else total
         count = self.sum_over_ranks(torch.tensor(float(len(batch)), device=self.device))
         self.baseline = (self.sum_over_ranks(total) / count).clamp(min=0)
@@ -88,15 +92,6 @@ class KTO(OfflineAlgorithm):
             losses = self.loss(logratios, batch.desirable, self.baseline)
             metrics = self._metrics(logratios.detach(), batch.desirable, denominators)
             yield StepLoss(losses.sum() / denominators["rows"], metrics)
-
-    def model_passes(self, batch: UnpairedBatch) -> list[Pass]:
-        """The mismatched responses, which z is estimated from, ask for no gradient."""
-        return [
-            self.roles.pass_of("policy", batch.sequences),
-            self.roles.pass_of("policy", batch.mismatched, backward=False),
-            *self.reference_passes(batch.sequences, batch.reference),
-            *self.reference_passes(batch.mismatched, batch.reference_mismatched),
-        ]
 
     def value_at_start(self, batch: UnpairedBatch) -> float | None:
         """The batch's loss while policy = reference."""

@@ -3,6 +3,8 @@
 The reference π₀ is the base as it was loaded: the adapters off with fresh LoRA, a frozen copy otherwise. Its log-probs
 of a row depend on nothing that a sweep varies, so they may be computed once and read from a cache by every run
 (``rlhf_lit.reference_cache``); or the reference may follow the policy (TR-DPO).
+
+Left out: a reference from another model than the base.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule
 from rlhf_lit.algorithms.policy import Writer
@@ -23,7 +25,6 @@ from rlhf_lit.batches import PromptBatch, Record, Sequences
 from rlhf_lit.batches.micro_batches import SCORING_BUDGET
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base, require_no_dropout
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
@@ -148,27 +149,19 @@ class OfflineAlgorithm(Writer, Algorithm):
         """Whether a reference model is there to be asked."""
         return self.compares and self.roles.has_reference
 
-    def reference_sums(
-        self, sequences: Sequences, known: Tensor | None, states: Callable[[nn.Module], Tensor] | None = None
-    ) -> Tensor:
+    def reference_sums(self, sequences: Sequences, known: Tensor | None) -> Tensor:
         """[rows] Σ_t log π₀(y_t) over the response, without a gradient; 0 where there is no reference.
 
         Args:
             sequences: prompt + response, the mask on the response.
             known: [rows, time] per-token log-probs, where they were computed beforehand.
-            states: what gives the hidden states of the sequences, where not a forward pass over their rows.
         """
         if not self.compares:
             return torch.zeros(len(sequences), device=sequences.tokens.device)
         if known is None:
             with torch.no_grad(), self.roles.acting("reference") as model:
-                known = token_logprobs(model, sequences, states=states(model) if states else None)
+                known = token_logprobs(model, sequences)
         return row_sums(known, sequences.mask)
-
-    def reference_passes(self, sequences: Sequences, known: Tensor | None) -> list[Pass]:
-        """The pass that ``reference_sums`` makes, if it makes one."""
-        runs = self.compares and known is None
-        return [self.roles.pass_of("reference", sequences, backward=False)] if runs else []
 
     def with_reference(self, batch: Any, logprobs: Callable[[Sequences], Tensor]) -> Record:
         """A batch of the kind it learns from, with the reference's log-probs of its responses.

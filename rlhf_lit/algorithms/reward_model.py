@@ -3,52 +3,35 @@
 The score is a scalar head on the hidden state of the last real token, found from the row's length, so that padding
 and company in the batch do not change it. Each answer goes through the model once, however many pairs it is in. After
 training a constant is added so that the preferred (reference) responses of the training data score 0 on average
-(Stiennon et al. 2020, arXiv 2009.01325), and on request the head is scaled; both are saved with the model.
+(Stiennon et al. 2020, arXiv 2009.01325), and on request the head is scaled; both are saved with the model
+(``normalisation``).
+
+Left out: scores of single tokens or steps (process rewards), several heads, and Plackett–Luce over whole rankings.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 from torchmetrics.regression import PearsonCorrCoef
 
 from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, StepLoss
-from rlhf_lit.batches import Comparisons, PreferenceBatch, RankedBatch, Sequences
+from rlhf_lit.algorithms.normalisation import Normalisation, load, normalise, save, undo
+from rlhf_lit.batches import ComparedBatch, Comparisons, PreferenceBatch, RankedBatch, Sequences
 from rlhf_lit.errors import UserError
-from rlhf_lit.losses.bradley_terry import BradleyTerryLoss, list_shares
+from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
 from rlhf_lit.models.anatomy import unwrapped
-from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, load_scorer
-from rlhf_lit.models.packing import pair_states
-from rlhf_lit.parallel.sharding import assign, at_hand, gathered, is_sharded, reshard
+from rlhf_lit.models.packing import layout_of
+from rlhf_lit.parallel.sharding import at_hand, is_sharded, reshard
 from rlhf_lit.rollout.rewards import score_sequences
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What was made of the scores after training: score = scale · (the trained head's) + bias.
-
-    Attributes:
-        scale: what the head was multiplied by.
-        bias: the constant that is added to every score.
-        head: the head's parameters as they were trained, by their names in the module.
-        trained_bias: the constant that was added in training (of a base that was a reward model already).
-    """
-
-    scale: float
-    bias: float
-    head: dict[str, Tensor]
-    trained_bias: float
 
 
 class RewardModel(Algorithm):
@@ -63,9 +46,6 @@ class RewardModel(Algorithm):
         centre_pairs: after training, shift the scores so that the chosen responses of the first so many training pairs
             (of ranked lists: their best answers) average 0; 0 leaves them.
         unit_variance: then also scale them so that all responses of those pairs have standard deviation 1.
-        share_prompts: compute the prompt of a pair once for both sides, where the model takes several sequences in one
-            row (``models.states.packs``). How this machine carries it out: no result depends on it beyond rounding.
-            With LoRA dropout, which differs between the sides, it is never done.
     """
 
     progress_metrics = ("accuracy",)
@@ -75,6 +55,7 @@ class RewardModel(Algorithm):
     }
     learns_from = (PreferenceBatch, RankedBatch)
     averaged_over = "prompts"
+    trains_scorer = True
 
     def __init__(
         self,
@@ -85,7 +66,6 @@ class RewardModel(Algorithm):
         schedule: Schedule = Schedule(),
         centre_pairs: int = 512,
         unit_variance: bool = False,
-        share_prompts: bool = True,
     ) -> None:
         super().__init__(base, learning_rate, optimizer, schedule)
         if centre_pairs < 0:
@@ -95,7 +75,6 @@ class RewardModel(Algorithm):
         self.loss = loss
         self.centre_pairs = centre_pairs
         self.unit_variance = unit_variance
-        self.share_prompts = share_prompts and not (base.lora and base.lora.dropout)
         self.scorer: nn.Module
         self.normalisation: Normalisation | None = None
         # The stage under evaluation, whose pair metrics take the scores in as they are made.
@@ -116,31 +95,24 @@ class RewardModel(Algorithm):
     def set_train_mode(self) -> None:
         self.scorer.train()
 
-    def denominators(self, batch: PreferenceBatch | RankedBatch) -> dict[str, Tensor]:
+    def denominators(self, batch: ComparedBatch) -> dict[str, Tensor]:
         compared = batch.comparisons()
         counts = {"prompts": len(batch), "pairs": len(compared.better), "answers": len(compared.answers)}
         return {name: torch.tensor(float(count), device=self.device) for name, count in counts.items()}
 
-    def micro_batches(self, batch: PreferenceBatch | RankedBatch) -> Iterator[PreferenceBatch] | Iterator[RankedBatch]:
-        if isinstance(batch, PreferenceBatch):
-            return batch.micro_batches(self.packed, self.share_prompts)
-        return batch.micro_batches(self.packed)
-
-    def scores(self, sequences: Sequences, states: Tensor | None = None) -> Tensor:
-        """[rows] scores, the constant included. ``states``: see ``sequence_scores``."""
+    def scores(self, sequences: Sequences) -> Tensor:
+        """[rows] scores, the constant included."""
         inner = unwrapped(self.scorer)
-        return sequence_scores(self.scorer, inner.score, sequences, states) + reward_bias(inner)
+        return sequence_scores(self.scorer, inner.score, sequences) + reward_bias(inner)
 
-    def losses(self, batch: PreferenceBatch | RankedBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
+    def losses(self, batch: ComparedBatch, denominators: dict[str, Tensor]) -> Iterator[StepLoss]:
         compared = batch.comparisons()
-        states = None
-        if self.share_prompts and isinstance(batch, PreferenceBatch):
-            states = pair_states(self.scorer, batch.chosen, batch.rejected)
-        scores = self.scores(compared.answers, states)
+        scores = self.scores(compared.answers)
         if self._evaluating and not self.on_dummy:
             self._observe(scores, compared, self._evaluating)
         better, worse = scores[compared.better], scores[compared.worse]
-        losses = list_shares(self.loss(better, worse, compared.margin), compared.siblings)
+        # Every prompt counts as one, however many pairs its answers make: 1/C(K, 2) of each among K without ties.
+        losses = self.loss(better, worse, compared.margin) / compared.siblings
         with torch.no_grad():
             sums = {
                 "accuracy": (better > worse).float(),
@@ -154,10 +126,7 @@ class RewardModel(Algorithm):
             metrics = {name: values.sum() / denominators[counted_in[name]] for name, values in sums.items()}
         yield StepLoss(losses.sum() / denominators["prompts"], metrics)
 
-    def model_passes(self, batch: PreferenceBatch | RankedBatch) -> list[Pass]:
-        return [Pass(self.scorer, "default", batch.comparisons().answers, head=False)]
-
-    def evaluate(self, batch: PreferenceBatch | RankedBatch, stage: str) -> None:
+    def evaluate(self, batch: ComparedBatch, stage: str) -> None:
         self._evaluating = stage
         super().evaluate(batch, stage)
         self._evaluating = None
@@ -193,21 +162,13 @@ class RewardModel(Algorithm):
         calibration.reset()
         correlation.reset()
 
-    def predict_step(self, batch: PreferenceBatch | RankedBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: ComparedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """The scores of both sides of each pair, or of each answer of a list (none where the last batch is smaller than
         the number of ranks)."""
         if not len(batch) and not is_sharded(self):
             return []
-        if isinstance(batch, RankedBatch):
-            scores = score_sequences(self.scorer, batch.sequences, batch.micro_batch_tokens)
-            return [{"scores": part.tolist()} for part in scores.split(batch.counts.tolist())]
-        chosen, rejected = (
-            score_sequences(self.scorer, side, batch.micro_batch_tokens) for side in (batch.chosen, batch.rejected)
-        )
-        return [
-            {"score_chosen": float(a), "score_rejected": float(b), "correct": bool(a > b)}
-            for a, b in zip(chosen, rejected, strict=True)
-        ]
+        answers = batch.comparisons().answers
+        return batch.score_records(score_sequences(self.scorer, answers, batch.micro_batch_tokens))
 
     # After training
 
@@ -221,7 +182,7 @@ class RewardModel(Algorithm):
             self.normalise(datamodule.batches_in_order(self.centre_pairs))
 
     @torch.no_grad()
-    def normalise(self, batches: Iterable[PreferenceBatch | RankedBatch]) -> None:
+    def normalise(self, batches: Iterable[ComparedBatch]) -> None:
         """Shift the scores so that the preferred responses of ``batches`` average 0; with ``unit_variance`` scale them
         so that all responses have standard deviation 1 (population). Scores that are no numbers are left alone."""
         training = self.scorer.training
@@ -230,7 +191,7 @@ class RewardModel(Algorithm):
         reference: list[Tensor] = []
         with at_hand(self):
             for batch in batches:
-                for part in self.micro_batches(batch.to(self.device)):
+                for part in batch.to(self.device).micro_batches(layout_of(self)):
                     compared = part.comparisons()
                     # Without a scale to find, the preferred ones are enough.
                     rows = torch.arange(len(compared.best), device=compared.best.device)
@@ -239,57 +200,24 @@ class RewardModel(Algorithm):
                     reference.append(compared.best[rows])
         reshard(self)  # all ranks made the same passes
         self.scorer.train(training)
-        scores = torch.cat(found)
-        mean, spread = float(scores[torch.cat(reference)].mean()), float(scores.std(correction=0))
-        if not torch.isfinite(scores).all() or (self.unit_variance and not spread > 0):
-            what = "all the same" if torch.isfinite(scores).all() else "not finite"
-            _note(f"the scores of {len(scores)} responses are {what}: they were not normalised")
-            return
-        scale = 1 / spread if self.unit_variance else 1.0
-        head = {name: gathered(parameter).clone() for name, parameter in self._head().items()}
-        bias = reward_bias(unwrapped(self.scorer))
-        self._put({name: value * scale for name, value in head.items()}, (bias - mean) * scale)
-        before = self.normalisation
-        self.normalisation = Normalisation(
-            scale * (before.scale if before else 1.0),
-            (bias - mean) * scale,
-            before.head if before else head,
-            before.trained_bias if before else bias,
+        self.normalisation = normalise(
+            self, torch.cat(found), torch.cat(reference), self.unit_variance, self.normalisation
         )
-
-    def _head(self) -> dict[str, nn.Parameter]:
-        """The parameters of the head in force, by name."""
-        return {name: p for name, p in self.named_parameters() if "score" in name.split(".") and p.requires_grad}
-
-    @torch.no_grad()
-    def _put(self, head: dict[str, Tensor], bias: float) -> None:
-        for name, parameter in self._head().items():
-            assign(parameter, head[name])
-        unwrapped(self.scorer).config.reward_bias = bias
-
-    # A checkpoint holds the head as it was trained, and the normalisation beside it: a run that goes on is the same to
-    # the bit as one that was not interrupted, and an evaluation of the checkpoint gives the exported model's scores.
 
     def on_train_start(self) -> None:
         if self.normalisation:
-            self._put(self.normalisation.head, self.normalisation.trained_bias)
+            undo(self, self.normalisation)
             self.normalisation = None
         super().on_train_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self.normalisation:
-            checkpoint["state_dict"].update(self.normalisation.head)
-            checkpoint["normalisation"] = {"scale": self.normalisation.scale, "bias": self.normalisation.bias}
+            save(checkpoint, self.normalisation)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if found := checkpoint.get("normalisation"):
-            head = {name: checkpoint["state_dict"][name] for name in self._head()}
-            checkpoint["state_dict"].update({name: value * found["scale"] for name, value in head.items()})
-            inner = unwrapped(self.scorer)
-            self.normalisation = Normalisation(found["scale"], found["bias"], head, reward_bias(inner))
-            inner.config.reward_bias = found["bias"]
+        self.normalisation = load(self, checkpoint)
 
 
 class _AfterTraining(Callback):
@@ -298,8 +226,3 @@ class _AfterTraining(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RewardModel)
         pl_module.finish()
-
-
-@rank_zero_only
-def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Supervised fine-tuning: maximise the log-likelihood of demonstrated responses.
 
 L = −Σ m·log π / Σ m, both sums over the whole optimizer batch on all ranks.
+
+Left out: label smoothing, and weights of single tokens beyond the mask.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.batches import SupervisedBatch
 from rlhf_lit.losses.reductions import masked_sum
 from rlhf_lit.losses.supervised import NLLLoss
-from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
@@ -63,9 +64,6 @@ class SFT(Writer, Algorithm):
             logprobs = token_logprobs(model, batch.sequences)
             loss = masked_sum(self.loss(logprobs), mask) / denominators["tokens"]
             yield StepLoss(loss, {})
-
-    def model_passes(self, batch: SupervisedBatch) -> list[Pass]:
-        return [self.roles.pass_of("policy", batch.sequences)]
 
     def on_validation_epoch_end(self) -> None:
         self._log_perplexity("val")

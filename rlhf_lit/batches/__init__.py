@@ -1,21 +1,24 @@
 """Typed batch records, and where they are cut into micro-batches."""
 
+from rlhf_lit.batches.experience import ExperienceBatch, PromptBatch
+from rlhf_lit.batches.micro_batches import Layout
 from rlhf_lit.batches.records import (
     Batch,
+    ComparedBatch,
     Comparisons,
-    ExperienceBatch,
     PreferenceBatch,
-    PromptBatch,
     RankedBatch,
     SupervisedBatch,
     UnpairedBatch,
 )
-from rlhf_lit.batches.sequences import Record, Sequences, common_prefix, same_prompts
+from rlhf_lit.batches.sequences import Record, Sequences, same_prompts
 
 __all__ = [
     "Batch",
+    "ComparedBatch",
     "Comparisons",
     "ExperienceBatch",
+    "Layout",
     "PreferenceBatch",
     "PromptBatch",
     "RankedBatch",
@@ -23,6 +26,5 @@ __all__ = [
     "Sequences",
     "SupervisedBatch",
     "UnpairedBatch",
-    "common_prefix",
     "same_prompts",
 ]

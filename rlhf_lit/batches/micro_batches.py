@@ -4,31 +4,37 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 # A pass without gradients keeps no activations, so more padded tokens fit than in a training micro-batch.
 SCORING_BUDGET = 4
+# How a group of rows goes through the device, which decides how many tokens it costs:
+# "padded": each sequence in a row of its own, padded to the longest: sequences × longest.
+# "packed": all sequences in one row, without padding: the sum of their lengths.
+# "shared": packed, and a prompt that several of them begin with is computed once.
+Layout = Literal["padded", "packed", "shared"]
+
 # What a group of padded rows costs besides its tokens, as a part of the budget: few tokens use a device badly.
 GROUP_COST = 1 / 16
 
 
-def cut_by_tokens(lengths: Tensor, budget: int, packed: bool = False) -> list[Tensor]:
-    """Groups of rows, longest first, each of at most ``budget`` tokens.
+def cut_by_tokens(lengths: Tensor, budget: int, layout: Layout = "padded") -> list[Tensor]:
+    """Groups of rows of one sequence each, longest first, each group of at most ``budget`` tokens.
 
     Args:
-        lengths: [rows] cost of each row in tokens.
+        lengths: [rows] tokens of each row.
         budget: tokens per group; a single row longer than that forms a group of its own.
-        packed: rows stand behind one another, and a group holds the sum of their lengths; else they are padded, and it
-            holds rows × longest row.
+        layout: how a group is laid out; "shared" is as "packed", since lengths do not tell which prompts are the same.
 
     Returns:
-        Index tensors that partition ``range(rows)``: of all cuts of the sorted rows, where padded that with the least
-        tokens and groups together, a group counted as a sixteenth of the budget; where packed that with the fewest
+        Index tensors that partition ``range(rows)``. Padded: of all cuts of the sorted rows, the one with the least
+        tokens and groups together, a group counted as a sixteenth of the budget. Packed: the one with the fewest
         groups, as alike as can be.
     """
-    return cut_groups(lengths, torch.ones_like(lengths), budget, lengths if packed else None)
+    return cut_groups(lengths, torch.ones_like(lengths), budget, None if layout == "padded" else lengths)
 
 
 def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | None = None) -> list[Tensor]:
@@ -38,7 +44,7 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | Non
         lengths: [rows] the longest sequence of each row.
         sizes: [rows] how many sequences it has.
         budget: tokens per group; a single row that needs more forms a group of its own.
-        packed: [rows] the tokens of a row, where a group holds their sum.
+        packed: [rows] all tokens of a row, where a group is packed and costs their sum.
 
     Returns:
         Index tensors that partition ``range(rows)``.
@@ -51,7 +57,7 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | Non
     # The least cost of the first so many rows, and where their last group begins.
     least = torch.zeros(len(order) + 1, dtype=torch.float64)
     begins = [0] * (len(order) + 1)
-    first = 0  # the earliest row that a group may begin with to end at the row at hand
+    first = 0  # the earliest row that a group ending here may begin with
     for end in range(1, len(order) + 1):
         while first < end - 1 and (before[end] - before[first]) * longest[first] > budget:
             first += 1
@@ -67,39 +73,49 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | Non
     return [order[start:end] for start, end in pairwise(reversed(cuts))]
 
 
-def cut_responses(lengths: Tensor, leader: Tensor, prompts: Tensor, budget: int) -> list[Tensor]:
-    """``cut_by_tokens`` for packed responses, where a prompt that several of a group begin with is there once.
+def cut_units(lengths: Tensor, unit: Tensor, leader: Tensor, prompts: Tensor, budget: int) -> list[Tensor]:
+    """Groups of units in the layout "shared". A unit is one sequence, a pair, or all answers to a prompt.
 
     Args:
-        lengths: [rows] tokens of prompt and response.
-        leader, prompts: [rows] the first row that has a row's prompt, and the prompt's tokens
-            (``batches.same_prompts``).
-        budget: tokens per group; a single row longer than that forms a group of its own.
+        lengths: [rows] tokens of each sequence, prompt and answer.
+        unit: [rows] int64, the unit of each sequence; every one of 0, 1, … has a sequence at least.
+        leader, prompts: [rows] the first row with the same prompt, and that prompt's tokens (``batches.same_prompts``).
+        budget: tokens per group; a single unit that needs more forms a group of its own.
 
     Returns:
-        Index tensors that partition ``range(rows)``; where prompts are shared, those of a prompt behind one another, in
-        the fewest groups and these as alike as can be.
+        Index tensors that partition the units. Where several begin with one prompt, they stand next to each other, in
+        the fewest groups, as alike as can be; where none do, the groups are those of packed rows.
     """
     _check(budget)
-    if len(leader.unique()) == len(leader):
-        return cut_by_tokens(lengths, budget, packed=True)
-    order = torch.argsort(leader, stable=True)
-    rows = list(zip(*(x[order].tolist() for x in (leader, prompts, lengths)), strict=True))
+    rows, count = torch.arange(len(unit)), int(unit.max()) + 1 if len(unit) else 0
+    first = torch.full((count,), len(unit)).scatter_reduce(0, unit, rows, "amin")  # the first row of each unit
+    prompt, head = prompts[first], leader[first]
+    spared = prompts * ((leader == head[unit]) & (rows != first[unit]))
+    tokens = torch.zeros(count, dtype=torch.int64).index_add(0, unit, lengths - spared)
+    if len(head.unique()) == count:
+        return cut_by_tokens(tokens, budget, "packed")
+    order = torch.argsort(head, stable=True)
+    return list(order.tensor_split(_cuts(head[order].tolist(), prompt[order].tolist(), tokens[order].tolist(), budget)))
 
-    def ends(limit: int) -> list[int]:
-        """Where groups end that are filled one after the other."""
+
+def _cuts(heads: list[int], prompts: list[int], tokens: list[int], budget: int) -> list[int]:
+    """Where to cut units in their given order: equal ``heads`` next to each other have a prompt in common."""
+    rows = list(zip(heads, prompts, tokens, strict=True))
+
+    def filled(limit: int) -> list[int]:
+        """Where the next group begins, if each is filled up to the limit."""
         found, used, present = [], 0, -1
-        for place, (first, shared, length) in enumerate(rows):
-            cost = length - shared if first == present else length
+        for place, (head, shared, length) in enumerate(rows):
+            cost = length - shared if head == present else length
             if used and used + cost > limit:
                 found.append(place)
                 used, cost = 0, length
-            used, present = used + cost, first
-        return [*found, len(rows)]
+            used, present = used + cost, head
+        return found
 
-    fewest = len(ends(budget))
-    least = bisect_left(range(1, budget), True, key=lambda limit: len(ends(limit)) <= fewest) + 1
-    return list(order.tensor_split(ends(least)[:-1]))
+    fewest = len(filled(budget))
+    least = bisect_left(range(1, budget), True, key=lambda limit: len(filled(limit)) <= fewest) + 1
+    return filled(least)
 
 
 def _check(budget: int) -> None:

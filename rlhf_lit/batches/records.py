@@ -1,35 +1,36 @@
 """The kinds of batches, as typed records: the only thing `data` and `algorithms` share.
 
-A batch is what one optimizer step sees on this rank. ``micro_batches()`` cuts it into length-sorted pieces of at most
+A batch is what one optimizer step sees on this rank. ``micro_batches()`` cuts it into pieces of at most
 ``micro_batch_tokens`` tokens, which is how this machine carries the step out and changes no result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from rlhf_lit.batches.micro_batches import cut_by_tokens, cut_groups
-from rlhf_lit.batches.sequences import Record, Sequences, _narrow, _widen, common_prefix
+from rlhf_lit.batches.micro_batches import Layout
+from rlhf_lit.batches.sequences import Record, Sequences, _narrow, _widen
 
 
 class Batch(Record):
     """What one optimizer step sees on this rank; a kind of batches is a frozen dataclass that derives from it.
 
-    A member has a field ``micro_batch_tokens`` and answers for itself: the step, the checks before it and the data
-    modules ask no further.
+    A kind answers for itself: the step, the checks before it and the data modules ask no further.
 
     Attributes:
         kind: what it holds, in words that follow "gives" or "learns from".
         data_module: the data module that makes it, by name.
+        micro_batch_tokens: tokens that go through the device at once; a field of every kind.
     """
 
     kind: ClassVar[str] = "batches of a kind of their own"
     data_module: ClassVar[str] = ""
+    micro_batch_tokens: int
 
     def answers(self) -> tuple[Sequences, ...]:
         """The sequences that are learned from, prompt and answer each; empty where they are still to be written."""
@@ -39,8 +40,8 @@ class Batch(Record):
         """Dummy batch of the same kind, whose pass gathers what any other's does (see ``Sequences.dummy``)."""
         raise NotImplementedError
 
-    def micro_batches(self, packed: bool = False) -> Iterator[Self]:
-        """Pieces of at most ``micro_batch_tokens`` tokens; of padded ones, if not ``packed``."""
+    def micro_batches(self, layout: Layout = "padded") -> Iterator[Self]:
+        """Pieces of at most ``micro_batch_tokens`` tokens, counted as ``layout`` lays them out."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -64,9 +65,9 @@ class SupervisedBatch(Batch):
         """Dummy batch of the same kind (see ``Sequences.dummy``)."""
         return replace(self, sequences=Sequences.dummy(self.sequences.tokens.device))
 
-    def micro_batches(self, packed: bool = False) -> Iterator[SupervisedBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens; padded ones, if not ``packed``."""
-        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
+    def micro_batches(self, layout: Layout = "padded") -> Iterator[SupervisedBatch]:
+        """Pieces of at most ``micro_batch_tokens`` tokens, length-sorted where no prompts are shared."""
+        for rows in self.sequences.cut_responses(self.micro_batch_tokens, layout):
             yield self.select(rows)
 
     def __len__(self) -> int:
@@ -93,8 +94,24 @@ class Comparisons:
     best: Tensor
 
 
+class ComparedBatch(Batch):
+    """A batch of answers that were compared with one another: what a reward model learns from."""
+
+    def comparisons(self) -> Comparisons:
+        """All answers, each once, and which of them was preferred to which."""
+        raise NotImplementedError
+
+    def score_records(self, scores: Tensor) -> list[dict[str, Any]]:
+        """One record per row of the data.
+
+        Args:
+            scores: [answers] of ``comparisons().answers``.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class PreferenceBatch(Batch):
+class PreferenceBatch(ComparedBatch):
     """Preference pairs for one optimizer step; both sides of a pair stay in one micro-batch.
 
     Attributes:
@@ -156,14 +173,16 @@ class PreferenceBatch(Batch):
             torch.arange(2 * len(self), device=self.margin.device) < len(self),
         )
 
-    def micro_batches(self, packed: bool = False, shared: bool = False) -> Iterator[PreferenceBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens, both sides counted: padded ones, if not
-        ``packed``; if so, what both sides begin with once where it is ``shared``."""
-        cost = 2 * torch.maximum(self.chosen.lengths, self.rejected.lengths)
-        if packed:
-            cost = self.chosen.lengths + self.rejected.lengths
-            cost = cost - common_prefix(self.chosen, self.rejected) if shared else cost
-        for rows in cut_by_tokens(cost, self.micro_batch_tokens, packed):
+    def score_records(self, scores: Tensor) -> list[dict[str, Any]]:
+        """Both scores of each pair, and whether the chosen one is higher."""
+        chosen, rejected = (side.tolist() for side in scores.chunk(2))
+        return [{"score_chosen": a, "score_rejected": b, "correct": a > b}
+                for a, b in zip(chosen, rejected, strict=True)]  # fmt: skip
+
+    def micro_batches(self, layout: Layout = "padded") -> Iterator[PreferenceBatch]:
+        """Pieces of at most ``micro_batch_tokens`` tokens, both sides of a pair counted."""
+        pair = torch.arange(len(self)).repeat(2)
+        for rows in self.sides().cut_units(pair, self.micro_batch_tokens, layout):
             yield self.select(rows)
 
     def __len__(self) -> int:
@@ -212,9 +231,9 @@ class UnpairedBatch(Batch):
         return replace(self, sequences=row, mismatched=row, desirable=self.desirable.new_ones(1),
                        reference=known, reference_mismatched=known)  # fmt: skip
 
-    def micro_batches(self, packed: bool = False) -> Iterator[UnpairedBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens of ``sequences``, padded if not ``packed``."""
-        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
+    def micro_batches(self, layout: Layout = "padded") -> Iterator[UnpairedBatch]:
+        """Pieces of at most ``micro_batch_tokens`` tokens of ``sequences``; the mismatched ones are not counted."""
+        for rows in self.sequences.cut_responses(self.micro_batch_tokens, layout):
             yield self.select(rows)
 
     def __len__(self) -> int:
@@ -222,7 +241,7 @@ class UnpairedBatch(Batch):
 
 
 @dataclass(frozen=True)
-class RankedBatch(Batch):
+class RankedBatch(ComparedBatch):
     """Prompts with several ranked answers each, for one optimizer step; a prompt's answers stay in one micro-batch.
 
     Attributes:
@@ -287,107 +306,14 @@ class RankedBatch(Batch):
             self.rank == 0,
         )
 
-    def micro_batches(self, packed: bool = False) -> Iterator[RankedBatch]:
-        """Length-sorted pieces of at most ``micro_batch_tokens`` tokens, all answers of a prompt counted; padded ones,
-        if not ``packed``."""
-        prompts = self.sequences.lengths.split(self.counts.tolist())
-        longest, tokens = (torch.tensor([int(f(x)) for x in prompts]) for f in (torch.max, torch.sum))
-        for rows in cut_groups(longest, self.counts, self.micro_batch_tokens, tokens if packed else None):
+    def score_records(self, scores: Tensor) -> list[dict[str, Any]]:
+        """The scores of each prompt's answers."""
+        return [{"scores": part.tolist()} for part in scores.split(self.counts.tolist())]
+
+    def micro_batches(self, layout: Layout = "padded") -> Iterator[RankedBatch]:
+        """Pieces of at most ``micro_batch_tokens`` tokens, all answers to a prompt counted."""
+        for rows in self.sequences.cut_units(self.prompt_of_answer().cpu(), self.micro_batch_tokens, layout):
             yield self.select(rows)
 
     def __len__(self) -> int:
         return len(self.counts)
-
-
-@dataclass(frozen=True)
-class PromptBatch(Record):
-    """Prompts to be answered.
-
-    Attributes:
-        prompts: the prompt tokens; the mask is False everywhere.
-        index: [rows] int64, the prompt's number in its dataset: what sampling noise is keyed by.
-        sample: [rows] int64, 0 for the first answer to a prompt, 1 for the second, …
-        texts: the rendered prompts as text.
-        rows: the row each prompt came from, as the file had it (what a reward function may read).
-        micro_batch_tokens: padded tokens of a training micro-batch.
-    """
-
-    prompts: Sequences
-    index: Tensor
-    sample: Tensor
-    texts: tuple[str, ...]
-    rows: tuple[dict[str, Any], ...]
-    micro_batch_tokens: int
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-
-@dataclass(frozen=True)
-class ExperienceBatch(Batch):
-    """A rollout, or a minibatch of one: prompts, their sampled responses, and what PPO knows about each action.
-
-    Attributes:
-        sequences: prompt + response, the mask on the response (EOS included, nothing after it).
-        sampled_logprobs: [rows, time] log-prob of each action as the sampler itself drew it.
-        old_logprobs: [rows, time] the same under the same policy, from the training forward.
-        reference_logprobs: [rows, time] the same under the reference.
-        values: [rows, time] value of the state in which each action was taken, at sampling time: the critic's, or the
-            baseline its response was compared with.
-        advantages, returns: [rows, time]; 0 off the mask.
-        kl_coefficient: β of this rollout.
-        micro_batch_tokens: padded tokens of a micro-batch.
-    """
-
-    kind: ClassVar[str] = "prompts to be answered"
-    data_module: ClassVar[str] = "RolloutDataModule"
-
-    sequences: Sequences
-    sampled_logprobs: Tensor
-    old_logprobs: Tensor
-    reference_logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    kl_coefficient: float
-    micro_batch_tokens: int
-
-    def select(self, rows: Tensor) -> ExperienceBatch:
-        """The given rows, every per-token tensor trimmed to the longest of them."""
-        sequences = self.sequences.select(rows)
-        width = sequences.tokens.shape[1]
-
-        cut: dict[str, Any] = {name: x[rows.to(x.device), :width] for name, x in self.columns().items()}
-        return replace(self, sequences=sequences, **cut)
-
-    def join(self, other: ExperienceBatch) -> ExperienceBatch:
-        """These rows, then the other's, padded to the wider of the two."""
-        sequences = self.sequences.join(other.sequences)
-        width, theirs = sequences.tokens.shape[1], other.columns()
-        joined: dict[str, Any] = {
-            name: torch.cat([_widen(column, width), _widen(theirs[name], width)])
-            for name, column in self.columns().items()
-        }
-        return replace(self, sequences=sequences, **joined)
-
-    def columns(self) -> dict[str, Tensor]:
-        """The per-token tensors beside the sequences."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def answers(self) -> tuple[Sequences, ...]:
-        return (self.sequences,)
-
-    def dummy(self) -> ExperienceBatch:
-        """Dummy batch of the same kind (see ``Sequences.dummy``)."""
-        nothing: dict[str, Any] = {name: column.new_zeros(1, 2) for name, column in self.columns().items()}
-        return replace(self, sequences=Sequences.dummy(self.values.device), **nothing)
-
-    def micro_batches(self, packed: bool = False) -> Iterator[ExperienceBatch]:
-        """Pieces of at most ``micro_batch_tokens`` tokens: padded and length-sorted, or ``packed`` with a prompt that
-        several responses answer there once."""
-        for rows in self.sequences.cut_responses(self.micro_batch_tokens, packed):
-            yield self.select(rows)
-
-    def __len__(self) -> int:
-        return len(self.sequences)

@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rlhf_lit.batches.micro_batches import cut_by_tokens, cut_responses
+from rlhf_lit.batches.micro_batches import Layout, cut_groups, cut_units
 
 
 class Record:
@@ -111,39 +111,46 @@ class Sequences(Record):
             torch.cat([_widen(self.mask, width), _widen(other.mask, width)]),
         )
 
-    def cut_responses(self, budget: int, packed: bool = False) -> list[Tensor]:
-        """Groups of rows of at most ``budget`` tokens: ``micro_batches.cut_responses`` where ``packed``, else
-        ``micro_batches.cut_by_tokens``."""
+    def cut_responses(self, budget: int, layout: Layout = "padded") -> list[Tensor]:
+        """Groups of rows of at most ``budget`` tokens each, on the CPU; a longer row is a group of its own."""
+        return self.cut_units(torch.arange(len(self)), budget, layout)
+
+    def cut_units(self, unit: Tensor, budget: int, layout: Layout = "padded") -> list[Tensor]:
+        """The same for units of several rows that stay together: pairs, or all answers to a prompt.
+
+        Args:
+            unit: [rows] int64 on the CPU, the unit of each row; every one of 0, 1, … has a row at least.
+            budget: tokens per group.
+            layout: how a group is laid out.
+
+        Returns:
+            Index tensors that partition the units.
+        """
         lengths = self.lengths.cpu()
-        return cut_responses(lengths, *same_prompts(self), budget) if packed else cut_by_tokens(lengths, budget)
+        if layout == "shared":
+            return cut_units(lengths, unit, *same_prompts(self), budget)
+        sizes = torch.bincount(unit)
+        longest = torch.zeros_like(sizes).scatter_reduce(0, unit, lengths, "amax")
+        tokens = torch.zeros_like(sizes).index_add(0, unit, lengths)
+        return cut_groups(longest, sizes, budget, tokens if layout == "packed" else None)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
 
 def same_prompts(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Rows that begin with the same prompt, which is all before the first token whose log-prob counts.
+    """Rows that begin with the same prompt: equal tokens before the first one whose log-prob counts.
 
     Returns:
-        On the CPU, [rows] int64 each: the first row that has a row's prompt, and the prompt's tokens. A row without a
-        prompt has its own number, and 0.
+        On the CPU, [rows] int64 each: the first row with the same prompt, and the prompt's tokens. A row without a
+        prompt, or whose prompt is a lone token (BOS, where whole texts are learned), has its own number, and 0.
     """
-    tokens, mask = sequences.tokens.cpu(), sequences.mask.cpu()
-    rows, width = tokens.shape
-    alone = torch.arange(rows)
-    if not rows * width:
+    if not sequences.mask.numel():
+        alone = torch.arange(len(sequences))
         return alone, torch.zeros_like(alone)
-    prompt = mask.int().argmax(-1)
-    inside = torch.arange(width)[None] < prompt[:, None]
-    _, group = torch.unique(torch.where(inside, tokens, -1), dim=0, return_inverse=True)
-    first = torch.full_like(group, rows).scatter_reduce(0, group, alone, "amin")
-    return torch.where(prompt == 0, alone, first[group]), prompt
-
-
-def common_prefix(chosen: Sequences, rejected: Sequences) -> Tensor:
-    """[pairs] how many tokens both sides begin with."""
-    width = min(chosen.tokens.shape[1], rejected.tokens.shape[1])
-    equal = chosen.tokens[:, :width] == rejected.tokens[:, :width]
-    length = torch.minimum(chosen.lengths, rejected.lengths)
-    real = torch.arange(width, device=equal.device)[None] < length[:, None]
-    return (equal & real).long().cumprod(-1).sum(-1)
+    lengths = sequences.mask.int().argmax(-1).cpu()
+    lengths = torch.where(lengths > 1, lengths, 0)
+    tokens, prompts = sequences.tokens.cpu().numpy(), lengths.tolist()
+    seen: dict[bytes, int] = {}
+    leader = [seen.setdefault(tokens[i, :n].tobytes(), i) if n else i for i, n in enumerate(prompts)]
+    return torch.tensor(leader), lengths

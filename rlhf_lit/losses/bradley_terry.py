@@ -34,18 +34,3 @@ class BradleyTerryLoss:
         if self.centring:
             loss = loss + self.centring * (chosen + rejected).square()
         return loss
-
-
-def list_shares(losses: Tensor, siblings: Tensor) -> Tensor:
-    """What each pair adds to the sum over prompts, so that every prompt counts as one, however many answers it has.
-
-    1/C(K, 2) of a pair among K answers without ties (Ouyang et al. 2022, Eq. 1); ties make no pair and are not counted.
-
-    Args:
-        losses: [pairs].
-        siblings: [pairs] how many pairs the same prompt has.
-
-    Returns:
-        [pairs], whose sum over a prompt's pairs is their mean.
-    """
-    return losses / siblings

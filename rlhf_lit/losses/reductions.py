@@ -19,11 +19,6 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values)).sum()
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` over the mask; 0 for an empty mask. Scalar."""
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
-
-
 def row_sums(values: Tensor, mask: Tensor) -> Tensor:
     """Σ over time of each row, over the mask. [rows, time] → [rows]."""
     return torch.where(mask, values, torch.zeros_like(values)).sum(-1)

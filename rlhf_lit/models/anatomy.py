@@ -21,6 +21,27 @@ def unwrapped(model: nn.Module) -> Any:
     return inner.get_base_model() if is_wrapped(model) else inner
 
 
+def adapter_in_force(model: nn.Module) -> str | None:
+    """The name of the adapter that a PEFT model applies as it stands; None if it applies none."""
+    if not is_wrapped(model):
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer: Any = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return None if layer._disable_adapters else layer._active_adapter[0]
+
+
+def drops_out(inner: Any) -> bool:
+    """Whether any dropout of a transformers model is active, that of its adapters included."""
+    if not inner.training:
+        return False
+    settings = vars(inner.config.get_text_config())
+    if any(isinstance(p, float) and p > 0 for name, p in settings.items() if "dropout" in name or "drop_prob" in name):
+        return True  # some are functions, no modules
+    kinds = nn.modules.dropout._DropoutNd
+    return any(isinstance(module, kinds) and module.training and module.p > 0 for module in inner.modules())
+
+
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The layers of a transformers model that its kind names as units."""
     kinds = set(model._no_split_modules or ())

@@ -1,4 +1,7 @@
-"""How many floating-point operations a step's passes ask for: the model's own, whatever this machine did to make them.
+"""How many floating-point operations the forward passes ask for, and the backward passes after them.
+
+``with count_flops() as counted:`` around a step makes the passes add themselves up: ``models.packing`` counts a body's
+pass over sequences, ``models.logprobs`` the LM head at the positions where a log-prob is needed.
 
 Per token a forward pass costs 2 for each weight of a matrix it goes through (a multiplication and an addition), and
 attention 4·layers·width for each token attended to: half of the context on average, since it is causal. A backward pass
@@ -6,15 +9,17 @@ costs the same again for the gradient of the activations, and once more for that
 for a whole model, 4N for a frozen one under adapters, and 6 for each weight of the adapters. (Kaplan et al. 2020, arXiv
 2001.08361, §2.1; Chowdhery et al. 2022, "PaLM", arXiv 2204.02311, appendix B.)
 
-The LM head counts at the positions where a log-prob is needed, embeddings and scalar heads not at all. Of a model whose
-tokens mix in another way than by attention (a state-space model), the matrices alone count. Nothing counts
-that another machine would spare: padding, what gradient checkpointing computes again. A prompt that a pair shares
-counts for both of its sides, computed twice or not.
+A pass made with gradients enabled counts with the backward pass that will follow. Embeddings and scalar heads do not
+count. Of a model whose tokens mix in another way than by attention (a state-space model), the matrices alone count.
+Nothing counts that depends on how this machine carries the step out: padding, what gradient checkpointing computes
+again, or whether a prompt is computed once for several sequences, each of which counts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,30 +27,78 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.batches import Sequences
-from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.anatomy import adapter_in_force, unwrapped
 from rlhf_lit.models.flat import plain_name
-from rlhf_lit.models.loading import Base
 from rlhf_lit.parallel.sharding import whole_shape
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass over a batch, and the backward pass where one follows.
+@dataclass
+class FlopCount:
+    """Floating-point operations of the passes made so far.
 
     Attributes:
-        model: what the sequences go through.
-        adapter: the LoRA adapter in force, by name; None: none.
-        sequences: the rows; the LM head is applied where their mask is.
-        backward: whether a gradient is asked for.
-        head: whether the LM head is applied.
+        total: float64 scalar on the CPU; None as long as no pass was counted.
+        paused: whether passes are left out for now, as on dummy rows.
     """
 
-    model: nn.Module
-    adapter: str | None
-    sequences: Sequences
-    backward: bool = True
-    head: bool = True
+    total: Tensor | None = None
+    paused: bool = False
+
+    def add(self, flops: Tensor) -> None:
+        """Count a pass, unless paused."""
+        if not self.paused:
+            self.total = flops if self.total is None else self.total + flops
+
+
+_COUNTING: ContextVar[FlopCount | None] = ContextVar("counting", default=None)
+
+
+@contextmanager
+def count_flops() -> Iterator[FlopCount]:
+    """Count the passes made inside the block. A block inside another counts for itself alone."""
+    token = _COUNTING.set(counted := FlopCount())
+    try:
+        yield counted
+    finally:
+        _COUNTING.reset(token)
+
+
+@contextmanager
+def uncounted(when: bool = True) -> Iterator[None]:
+    """Leave passes inside the block out of the count: those over dummy rows."""
+    counted = _COUNTING.get()
+    if counted is None or not when:
+        yield
+        return
+    before, counted.paused = counted.paused, True
+    try:
+        yield
+    finally:
+        counted.paused = before
+
+
+def count_body(model: nn.Module, lengths: Tensor) -> None:
+    """Count a pass of sequences through a model's body, if anything counts.
+
+    Args:
+        model: what they go through, with the adapter that is in force.
+        lengths: [rows] real tokens of each, on the CPU (nothing waits for a device).
+    """
+    if counted := _COUNTING.get():
+        body, _, width = _weights(model, adapter_in_force(model))
+        backward = torch.is_grad_enabled()
+        real = lengths.double()
+        # QKᵀ and the sum over V, 2·width each, over half of the context; both factors of both products ask for
+        # gradients.
+        attention = real.square().sum() * (2 * width * (3 if backward else 1))
+        counted.add(real.sum() * body.flops(backward) + attention)
+
+
+def count_head(model: nn.Module, positions: int) -> None:
+    """Count the LM head at so many positions, if anything counts; arguments as of ``count_body``."""
+    if counted := _COUNTING.get():
+        _, head, _ = _weights(model, adapter_in_force(model))
+        counted.add(torch.tensor(float(positions * head.flops(torch.is_grad_enabled())), dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -63,34 +116,6 @@ class Weights:
     def flops(self, backward: bool) -> int:
         """Of one token."""
         return 2 * self.all + (2 * self.all + 2 * self.trained if backward else 0)
-
-
-def flops(passes: Iterable[Pass]) -> Tensor:
-    """Σ over the passes, as a float32 scalar on the device of the sequences (nothing waits for it)."""
-    return torch.stack([_of(one) for one in passes]).sum()
-
-
-def _of(one: Pass) -> Tensor:
-    body, head, width = _weights(one.model, one.adapter)
-    lengths = one.sequences.lengths.float()
-    total = lengths.sum() * body.flops(one.backward)
-    # QKᵀ and the sum over V, 2·width each, over half of the context; both factors of both products ask for gradients.
-    total = total + lengths.square().sum() * (2 * width * (3 if one.backward else 1))
-    return total + one.sequences.mask.sum() * head.flops(one.backward) if one.head else total
-
-
-def peak_flops(device: torch.device, base: Base, precision: str) -> int | None:
-    """Operations per second that a device is made for, in the dtype of the matrix products; None where not known.
-
-    Args:
-        device: which.
-        base: the model, whose products are in its dtype or in that of its quantisation.
-        precision: the trainer's.
-    """
-    from lightning.fabric.utilities.throughput import get_available_flops
-
-    dtype = base.quantization.compute_dtype if base.quantization else base.dtype
-    return get_available_flops(device, getattr(torch, "bfloat16" if precision == "bf16-mixed" else dtype))
 
 
 _COUNTED: WeakKeyDictionary[nn.Module, dict[str | None, tuple[Weights, Weights, int]]] = WeakKeyDictionary()
@@ -142,9 +167,3 @@ def _used(shape: torch.Size, config: Any) -> int:
     experts = getattr(config, "num_experts_per_tok", None)
     return shape.numel() * experts // shape[0] if experts and len(shape) == 3 else shape.numel()
 
-
-def count_flops():  # type: ignore
-    from contextlib import nullcontext
-    from types import SimpleNamespace
-
-    return nullcontext(SimpleNamespace(total=None))

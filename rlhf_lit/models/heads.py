@@ -26,18 +26,21 @@ def apply_head(head: nn.Module, states: Tensor) -> Tensor:
         return head(states.to(weight.dtype)).squeeze(-1)
 
 
-def sequence_scores(model: nn.Module, head: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
-    """The head on the hidden state of each row's last real token, found from its length. → [rows]. ``states``:
-    [rows, time, width] the hidden states, where they are at hand."""
-    states = sequence_states(model, sequences) if states is None else states
+def sequence_scores(model: nn.Module, head: nn.Module, sequences: Sequences) -> Tensor:
+    """The head on the hidden state of each row's last real token, found from its length. → [rows]."""
+    states = sequence_states(model, sequences)
     rows = torch.arange(len(sequences), device=states.device)
     return apply_head(head, states[rows, sequences.lengths - 1])
 
 
-def token_values(model: nn.Module, head: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
+def token_values(model: nn.Module, head: nn.Module, sequences: Sequences) -> Tensor:
     """V of the state in which each token was chosen: the head on the hidden state before it. → [rows, time], 0 off the
-    mask. ``states``: [rows, time, width] the hidden states, where they are at hand."""
-    states = sequence_states(model, sequences) if states is None else states
+    mask."""
+    return values_of_states(head, sequence_states(model, sequences), sequences)
+
+
+def values_of_states(head: nn.Module, states: Tensor, sequences: Sequences) -> Tensor:
+    """``token_values`` from the [rows, time, width] hidden states of the sequences."""
     values = nn.functional.pad(apply_head(head, states[:, :-1]), (1, 0))
     return torch.where(sequences.mask, values, torch.zeros_like(values))
 

@@ -1,11 +1,13 @@
-"""Hidden states → log-probs, with the LM head applied only where a log-prob is needed, in chunks.
+"""Sequences → log-probs, with the LM head applied only where a log-prob is needed, in chunks.
 
-The hidden states are those of ``states``: without padding where the model can do without.
+The hidden states come from ``models.packing``: without padding, and common prompts computed once, where the model
+allows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.flops import count_head
+from rlhf_lit.models.heads import values_of_states
 from rlhf_lit.models.packing import sequence_states
 
 # Logits held at once: 2^24 floats are 64 MiB, 110 positions of a 150 000-token vocabulary.
@@ -62,17 +66,19 @@ def chunks(model: nn.Module, positions: int) -> Iterator[slice]:
         yield slice(start, min(start + step, positions))
 
 
-def predicting_states(model: nn.Module, sequences: Sequences, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The hidden states that predict the masked tokens, and those tokens: [n, width], [n], row by row.
+def predicting_states(model: nn.Module, states: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict the masked tokens, and those tokens: [n, width], [n], row by row. The model's LM
+    head is counted at them (``models.flops``).
 
     Args:
-        model: what gives the hidden states.
+        model: the model whose LM head they are for.
+        states: [rows, time, width] hidden states of the sequences.
         sequences: rows, the mask on the tokens that are predicted.
-        states: [rows, time, width] the hidden states, where they are at hand.
     """
     predicted = sequences.mask[:, 1:]
-    states = sequence_states(model, sequences) if states is None else states
-    return states[:, :-1][predicted], sequences.tokens[:, 1:][predicted]
+    targets = sequences.tokens[:, 1:][predicted]
+    count_head(model, len(targets))
+    return states[:, :-1][predicted], targets
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
@@ -81,35 +87,43 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
     return nn.functional.pad(placed.masked_scatter(mask[:, 1:], values), (1, 0))
 
 
-def token_logprobs(
-    model: nn.Module, sequences: Sequences, temperature: float = 1.0, states: Tensor | None = None
-) -> Tensor:
-    """log π(token_t | tokens before t)/T of the masked tokens. → [rows, time], 0 off the mask, in nats.
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """Per-token numbers of one forward pass, [rows, time], 0 off the mask.
 
-    More than one chunk of logits is recomputed in the backward pass, so that they never stand in memory together.
-    ``states``: see ``predicting_states``.
+    Attributes:
+        logprobs: log π(token_t | tokens before t)/T, in nats.
+        entropy: −Σ_v π(v)·log π(v) of the distribution each token was drawn from, in nats; None unless asked for.
+        values: V of the state in which each token was chosen; None without a value head.
     """
-    return _per_token(target_logprobs, 1, model, sequences, temperature, states)[0]
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    values: Tensor | None
 
 
-def token_logprobs_and_entropy(
-    model: nn.Module, sequences: Sequences, temperature: float = 1.0, states: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The same, and the entropy of the distribution each masked token was drawn from. → 2 × [rows, time]."""
-    logprobs, entropy = _per_token(target_logprobs_and_entropy, 2, model, sequences, temperature, states)
-    return logprobs, entropy
-
-
-def _per_token(
-    function: Callable[..., Tensor],
-    columns: int,
+def policy_outputs(
     model: nn.Module,
     sequences: Sequences,
-    temperature: float,
-    given: Tensor | None,
-) -> list[Tensor]:
-    """A function of (states, targets) at the masked tokens, chunk by chunk. → ``columns`` × [rows, time]."""
-    states, targets = predicting_states(model, sequences, given)
+    temperature: float = 1.0,
+    *,
+    entropy: bool = False,
+    value_head: nn.Module | None = None,
+) -> PolicyOutputs:
+    """Log-probs of the masked tokens, and what else can be read from the same hidden states.
+
+    More than one chunk of logits is recomputed in the backward pass, so that they never stand in memory together.
+
+    Args:
+        model: a causal language model.
+        sequences: rows, the mask on the tokens whose log-prob counts.
+        temperature: T, divides the logits.
+        entropy: whether to compute the entropy, which goes through the whole vocabulary once more.
+        value_head: a critic on the model's own hidden states.
+    """
+    hidden = sequence_states(model, sequences)
+    states, targets = predicting_states(model, hidden, sequences)
+    function, columns = (target_logprobs_and_entropy, 2) if entropy else (target_logprobs, 1)
     pieces = list(chunks(model, len(targets)))
     recompute = torch.is_grad_enabled() and len(pieces) > 1
     parts = [
@@ -119,28 +133,11 @@ def _per_token(
         for piece in pieces
     ]
     joined = torch.cat(parts) if parts else states.new_zeros(0, columns, dtype=torch.float32)
-    return [scatter(column, sequences.mask) for column in joined.unbind(-1)]
+    logprobs, *more = (scatter(column, sequences.mask) for column in joined.unbind(-1))
+    values = None if value_head is None else values_of_states(value_head, hidden, sequences)
+    return PolicyOutputs(logprobs, more[0] if entropy else None, values)
 
 
-from dataclasses import dataclass  # noqa: E402
-
-
-@dataclass(frozen=True)
-class PolicyOutputs:
-    logprobs: Tensor
-    entropy: Tensor | None = None
-    values: Tensor | None = None
-
-
-def policy_outputs(model, sequences, temperature=1.0, *, entropy=False, value_head=None):  # type: ignore
-    from rlhf_lit.models.heads import token_values
-    from rlhf_lit.models.packing import response_states
-
-    states = response_states(model, sequences)
-    if entropy:
-        lp, ent = token_logprobs_and_entropy(model, sequences, temperature, states)
-    else:
-        lp, ent = token_logprobs(model, sequences, temperature, states), None
-    return PolicyOutputs(
-        lp, ent, token_values(model, value_head, sequences, states) if value_head is not None else None
-    )
+def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+    """log π(token_t | tokens before t)/T of the masked tokens. → [rows, time], 0 off the mask, in nats."""
+    return policy_outputs(model, sequences, temperature).logprobs

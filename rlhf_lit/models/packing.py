@@ -1,12 +1,14 @@
-"""Tokens → hidden states, without padding and with common prompts computed once.
+"""Sequences → hidden states, without padding and with common prompts computed once.
 
-The sequences of a micro-batch stand behind one another in one row. Each has positions that begin at 0 and attends to
-itself alone, so every state is the one that a row of its own would have, up to rounding; what is saved is the work on
-padding, and small matrix products. (Packing without cross-contamination: Krell et al. 2021, arXiv 2107.02027.)
+The sequences of a micro-batch are packed into one row. Each has positions that begin at 0 and attends to itself alone,
+so every state is the one that a row of its own would have, up to rounding; what is saved is the work on padding, and
+small matrix products. (Packing without cross-contamination: Krell et al. 2021, arXiv 2107.02027.)
 
-Two answers to one prompt may stand behind it: ``[prompt | rest of the chosen | rest of the rejected]``, where neither
-answer sees the other. (Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv
-2410.20305.)
+A prompt that several sequences begin with is computed once for all of them: ``[prompt | rest of the first | rest of the
+second | …]``, where no answer sees another. That holds for both sides of a pair, for ranked answers, and for several
+responses to one prompt alike; it is found from the tokens, and no caller says so. (Wang and Hegde 2024, "Accelerating
+Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305.) It is not done while any dropout is active,
+which would give the sequences the same noise on their prompt.
 
 Models whose attention cannot be told of segments are given rows padded on the right, and no attention mask: causal
 order already hides the pads.
@@ -15,6 +17,9 @@ order already hides the pads.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
@@ -23,9 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from rlhf_lit.batches import Sequences, common_prefix, same_prompts
+from rlhf_lit.batches import Layout, Sequences, same_prompts
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.anatomy import attends_to_everything, unwrapped
+from rlhf_lit.models.anatomy import attends_to_everything, drops_out, unwrapped
+from rlhf_lit.models.flops import count_body
+
+_SHARING: ContextVar[bool] = ContextVar("sharing", default=True)
 
 
 def hidden_states(
@@ -63,8 +71,8 @@ def hidden_states(
 
 
 def packs(model: nn.Module) -> bool:
-    """Whether several sequences may stand in one row: attention is by ``sdpa`` over everything before, the layers hand
-    on what it is told, and positions are those that are given."""
+    """Whether several sequences can be packed into one row: attention is by ``sdpa`` over everything before, the layers
+    hand on what it is told, and positions are those that are given."""
     inner: Any = unwrapped(model)
     config = inner.config.get_text_config()
     rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
@@ -73,25 +81,66 @@ def packs(model: nn.Module) -> bool:
     return bool(rotary) and takes and quiet and attends_to_everything(inner)
 
 
-def sequence_states(
-    model: nn.Module, sequences: Sequences, leader: Tensor | None = None, shared: Tensor | None = None
-) -> Tensor:
-    """The hidden states of sequences: [rows, time, width]; off a sequence they are any.
+def shares(model: nn.Module) -> bool:
+    """Whether a prompt may be computed once for several sequences: the model packs, and no dropout is active."""
+    return _SHARING.get() and packs(model) and not drops_out(unwrapped(model))
+
+
+@contextmanager
+def without_sharing() -> Iterator[None]:
+    """Compute every prompt for itself inside the block, though models may share them. For tests, and for benchmarks of
+    what sharing saves; results differ by rounding alone."""
+    token = _SHARING.set(False)
+    try:
+        yield
+    finally:
+        _SHARING.reset(token)
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """The layout that all transformers models inside a module allow, as they stand (train or eval mode)."""
+    from transformers import PreTrainedModel
+
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    if not all(packs(model) for model in models):
+        return "padded"
+    return "shared" if all(shares(model) for model in models) else "packed"
+
+
+def sequence_states(model: nn.Module, sequences: Sequences) -> Tensor:
+    """The hidden states of sequences, laid out as the model allows: [rows, time, width]. Past the end of a sequence
+    they are arbitrary. The pass is counted by its real tokens (``models.flops``).
 
     Args:
         model: a causal language model, or one with a scalar head.
-        sequences: rows.
-        leader: [rows] int64, the row whose first tokens a row has too; its own number where it shares none.
-        shared: [rows] int64, how many these are. A leader shares none itself.
+        sequences: rows; the prompt of a row is all before its first masked token.
     """
     lengths = sequences.lengths.cpu()
-    nothing = torch.zeros_like(lengths)
-    shared = nothing if shared is None else shared.cpu()
-    alone = torch.arange(len(lengths))
-    leader = alone if leader is None else torch.where(shared == 0, alone, leader.cpu())
-    full = sequences.tokens.numel() == int(lengths.sum()) and not shared.any()
-    if full or not packs(model):
+    count_body(model, lengths)
+    if not packs(model):
         return hidden_states(model, sequences.tokens)
+    leader, shared = _common_prompts(model, sequences)
+    if sequences.tokens.numel() == int(lengths.sum()) and not shared.any():
+        return hidden_states(model, sequences.tokens)  # nothing to save
+    return _packed_states(model, sequences, lengths, leader, shared)
+
+
+def _common_prompts(model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """On the CPU, [rows] int64 each: the row whose first tokens a row has too (its own number where it shares none),
+    and how many these are. A leader shares none itself."""
+    alone = torch.arange(len(sequences))
+    if len(sequences) > 1 and _SHARING.get():
+        leader, prompts = same_prompts(sequences)
+        shared = torch.where(leader == alone, 0, prompts)
+        if shared.any() and shares(model):
+            return leader, shared
+    return alone, torch.zeros_like(alone)
+
+
+def _packed_states(model: nn.Module, sequences: Sequences, lengths: Tensor, leader: Tensor, shared: Tensor) -> Tensor:
+    """``sequence_states`` in one row: [rows, time, width]. ``lengths`` on the CPU; ``leader`` and ``shared`` as of
+    ``_common_prompts``."""
+    alone = torch.arange(len(lengths))
     device, width = sequences.tokens.device, sequences.tokens.shape[1]
     own = lengths - shared
     order = torch.argsort(leader * 2 + (leader != alone), stable=True)  # each leader, then those that share with it
@@ -104,31 +153,11 @@ def sequence_states(
     source = (alone[:, None] * width + time)[order][taken].to(device)
     positions = time.expand(len(lengths), -1)[order][taken].to(device)
     place = torch.where(time < shared[:, None], begins[leader][:, None] + time, (begins - shared)[:, None] + time)
-    kept = order[own[order] > 0]  # a row that is all shared stands nowhere
+    kept = order[own[order] > 0]  # a sequence that is all shared has no tokens of its own
     segments = Segments.of(own[kept], shared[kept], device)
     tokens = sequences.tokens.reshape(-1)[source]
     states = hidden_states(model, tokens[None], positions[None], segments, longest=int(lengths.max()))
     return states[0][torch.where(inside, place, 0).to(device)]
-
-
-def response_states(model: nn.Module, sequences: Sequences) -> Tensor:
-    """The hidden states of responses, a prompt that several of them answer computed once: [rows, time, width].
-
-    Args:
-        model: a causal language model, or one with a scalar head.
-        sequences: prompt + response, the mask on the response.
-    """
-    leader, prompt = same_prompts(sequences)
-    return sequence_states(model, sequences, leader, torch.where(leader == torch.arange(len(leader)), 0, prompt))
-
-
-def pair_states(model: nn.Module, chosen: Sequences, rejected: Sequences) -> Tensor:
-    """The hidden states of ``chosen.join(rejected)``, what both sides of a pair begin with computed once: [2·pairs,
-    time, width]."""
-    pair = torch.arange(len(chosen))
-    prompts = common_prefix(chosen, rejected).cpu()
-    shared = torch.cat([torch.zeros_like(prompts), prompts])
-    return sequence_states(model, chosen.join(rejected), pair.repeat(2), shared)
 
 
 @dataclass(frozen=True)
@@ -239,8 +268,3 @@ def register() -> None:
 
     AttentionInterface.register("sdpa", torch.compiler.disable(attention, reason="segments differ from batch to batch"))
 
-
-def layout_of(module: nn.Module) -> bool:
-    from transformers import PreTrainedModel
-
-    return all(packs(part) for part in module.modules() if isinstance(part, PreTrainedModel))

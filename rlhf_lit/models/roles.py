@@ -19,11 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import is_wrapped, unwrapped
 from rlhf_lit.models.flat import plain_name
-from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
 from rlhf_lit.models.loading import Base, holds_adapter, load_causal_lm, load_scorer, stored_bias
@@ -228,12 +226,6 @@ class Roles(nn.Module):
         finally:
             for layer, (active, disabled) in zip(layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
-
-    def pass_of(self, role: Role, sequences: Sequences, backward: bool = True, head: bool = True) -> Pass:
-        """What a pass of sequences through a role's model is counted by; arguments as of ``Pass``."""
-        shared = self.shared and role in self._adapters
-        model = self.models["policy" if shared or role not in self.models else role]
-        return Pass(model, self._adapters[role] if shared else None, sequences, backward, head)
 
     def without_dropout(self) -> None:
         """eval() everywhere, with gradient checkpointing still on (transformers ties it to training mode)."""

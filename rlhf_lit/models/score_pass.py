@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.losses.kl import exact_kl
-from rlhf_lit.models.heads import token_values
+from rlhf_lit.models.heads import values_of_states
 from rlhf_lit.models.logprobs import chunks, logits, predicting_states, scatter, tempered
-from rlhf_lit.models.packing import response_states
+from rlhf_lit.models.packing import sequence_states
 from rlhf_lit.models.roles import Roles
 
 
@@ -24,7 +24,7 @@ class Comparison:
         policy, reference: log-probs of the tokens under each.
         exact_kl: Σ_v π(v)·(log π(v) − log π₀(v)) of the distribution each token was drawn from.
         entropy: −Σ_v π(v)·log π(v) of the same.
-        values: the critic's, where it stands on the policy's hidden states, which are at hand here; else None.
+        values: the critic's, if it is a head on the policy's hidden states; else None.
     """
 
     policy: Tensor
@@ -59,9 +59,9 @@ def exact_kl_to_reference(roles: Roles, sequences: Sequences, temperature: float
     its backward pass, with the policy's role in force.
     """
     with torch.no_grad(), roles.acting("reference") as model:
-        reference_states, _ = predicting_states(model, sequences, response_states(model, sequences))
+        reference_states, _ = predicting_states(model, sequence_states(model, sequences), sequences)
     with roles.acting("policy") as model:
-        policy_states, _ = predicting_states(model, sequences, response_states(model, sequences))
+        policy_states, _ = predicting_states(model, sequence_states(model, sequences), sequences)
 
     def piece_kl(policy_piece: Tensor, reference_piece: Tensor) -> Tensor:
         with torch.no_grad(), roles.acting("reference") as model:
@@ -91,12 +91,12 @@ def compare_with_reference(roles: Roles, sequences: Sequences, temperature: floa
         temperature: T, divides the logits of both.
     """
     with roles.acting("policy") as model:
-        states = response_states(model, sequences)
-        policy_states, targets = predicting_states(model, sequences, states)
-        values = token_values(model, roles.heads["value"], sequences, states) if roles.value_on_trunk else None
+        states = sequence_states(model, sequences)
+        policy_states, targets = predicting_states(model, states, sequences)
+        values = values_of_states(roles.heads["value"], states, sequences) if roles.value_on_trunk else None
     del states
     with roles.acting("reference") as model:
-        reference_states, _ = predicting_states(model, sequences, response_states(model, sequences))
+        reference_states, _ = predicting_states(model, sequence_states(model, sequences), sequences)
     columns: list[list[Tensor]] = [[], [], [], []]
     for piece in chunks(roles.policy, len(targets)):
         with roles.acting("policy") as model:

@@ -23,7 +23,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer
-from rlhf_lit.models.packing import packs, response_states
+from rlhf_lit.models.packing import layout_of
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.parallel.sharding import passes
 
@@ -174,10 +174,10 @@ def score_sequences(model: nn.Module, sequences: Sequences, budget: int) -> Tens
 def _in_pieces(model: nn.Module, head: nn.Module, sequences: Sequences, budget: int) -> Tensor:
     """[rows] the head's scores, in micro-batches of at most ``budget`` tokens."""
     scores = torch.zeros(len(sequences), device=sequences.tokens.device)
-    for rows, counts in passes(model, sequences.cut_responses(budget, packs(model)), no_rows):
+    for rows, counts in passes(model, sequences.cut_responses(budget, layout_of(model)), no_rows):
         rows = rows.to(scores.device)
         part = sequences.part(rows)
-        found = sequence_scores(model, head, part, response_states(model, part)).to(scores.dtype)
+        found = sequence_scores(model, head, part).to(scores.dtype)
         if counts:
             scores[rows] = found
     return scores

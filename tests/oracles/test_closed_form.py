@@ -276,8 +276,8 @@ def score_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
 def forget_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Advantages over padding too: what the critic says of a response that has ended is taken for a future."""
 
-    def values(model: nn.Module, head: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
-        return token_values(model, head, replace(sequences, mask=torch.ones_like(sequences.mask)), states)
+    def values(model: nn.Module, head: nn.Module, sequences: Sequences) -> Tensor:
+        return token_values(model, head, replace(sequences, mask=torch.ones_like(sequences.mask)))
 
     def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, ...]:
         found = generalised_advantages(rewards, values, torch.ones_like(mask), gamma, lam)

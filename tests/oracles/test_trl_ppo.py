@@ -21,7 +21,7 @@ from torch import Tensor
 from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import AdaptiveKL, Estimator, estimate_kl, exact_kl
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, ClippedValueLoss
-from rlhf_lit.losses.reductions import masked_mean, moments, row_sums, whiten
+from rlhf_lit.losses.reductions import masked_sum, moments, row_sums, whiten
 from rlhf_lit.rollout import collect
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "ppo.json").read_text())
@@ -34,6 +34,11 @@ def tensor(values: list[Any]) -> Tensor:
 
 def mask_of(values: list[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.bool)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the mask; 0 for an empty mask."""
+    return masked_sum(values, mask) / mask.sum().clamp(min=1)
 
 
 def assert_equal(ours: Tensor, theirs: Tensor) -> None:

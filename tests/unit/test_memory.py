@@ -27,6 +27,7 @@ from rlhf_lit.memory.measurement import Held, Measurement
 from rlhf_lit.memory.worst_case import Shape, WorstCase, worst_shapes
 from rlhf_lit.models import logprobs
 from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.packing import without_sharing
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.loop import RolloutLoader
 
@@ -270,10 +271,10 @@ def test_nothing_but_the_experience_is_left_of_a_rollout(llama: str) -> None:
 def test_a_pair_is_measured_with_two_prompts(llama: str) -> None:
     """Real pairs may have little in common: a measurement on sides that share their tokens would promise too much."""
     data = PreferenceDataModule(batch_size=ROWS // 2, max_length=LENGTH)
-    shared, apart = (
-        bench(DPO(Base(name=llama), DPOLoss(0.1), share_prompts=share), data).measure(ROWS * LENGTH).peak
-        for share in (True, False)
-    )
+    module = DPO(Base(name=llama), DPOLoss(0.1))
+    shared = bench(module, data).measure(ROWS * LENGTH).peak
+    with without_sharing():
+        apart = bench(DPO(Base(name=llama), DPOLoss(0.1)), data).measure(ROWS * LENGTH).peak
     assert shared == pytest.approx(apart, rel=0.02)
 
 

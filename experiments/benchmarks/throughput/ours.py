@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
+from rlhf_lit.models.packing import without_sharing
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.randomness import row_keys
 from rlhf_lit.rollout.engine import Sampling, sample
@@ -150,15 +152,13 @@ def algorithm(workload: Workload, setting: str) -> Algorithm:
         case "sft":
             return SFT(base, learning_rate=rate, schedule=schedule)
         case "reward":
-            shared = setting != "unshared"
-            return RewardModel(base, share_prompts=shared, learning_rate=rate, schedule=schedule)
+            return RewardModel(base, learning_rate=rate, schedule=schedule)
         case "dpo":
             reference = Reference(precompute=setting == "cached", cache=str(Path(workload.folder, "reference")))
             return DPO(
                 base,
                 loss=DPOLoss(beta=BETA),
                 reference=reference,
-                share_prompts=setting != "unshared",
                 learning_rate=rate,
                 schedule=schedule,
             )
@@ -233,7 +233,8 @@ def main(workload: Workload, setting: str) -> Measured:
         log_every_n_steps=1,
         limit_val_batches=0,
     )
-    trainer.fit(algorithm(workload, setting), data_module(workload))
+    with without_sharing() if setting == "unshared" else nullcontext():
+        trainer.fit(algorithm(workload, setting), data_module(workload))
     workload.batches.write_text(json.dumps(watch.batches))
     losses = [] if workload.task == "ppo" else watch.losses
     amount = workload.amount(watch.batches)

@@ -1,6 +1,7 @@
 """How a batch is padded, ordered and cut changes neither its loss nor any gradient, in any algorithm.
 
-Everything runs in float64 after loading, so that a wrong denominator cannot hide in rounding.
+Everything runs in float64 after loading, norms too, so that a wrong denominator cannot hide in rounding, nor what
+prompts that are computed once would change.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf_lit.algorithms import DPO, GRPO, KTO, RLOO, SFT, RewardModel
 from rlhf_lit.algorithms.algorithm import Algorithm
@@ -20,6 +22,7 @@ from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, KTOLoss, ORPOLoss
 from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.packing import layout_of, without_sharing
 
 TOLERANCE = 1e-9
 Case = tuple[Algorithm, Any]
@@ -29,11 +32,9 @@ def sft(base: Base) -> Case:
     return tiny.build(SFT(base)).double(), tiny.supervised()
 
 
-# Which pairs are worth sharing a prompt depends on the micro-batch, and norms are float32 even in a float64 model: it
-# is to 1e-9 with both rows computed. That sharing changes nothing beyond that rounding has a test of its own.
 def reward_model(base: Base) -> Case:
     loss = BradleyTerryLoss(centring=0.01, use_margin=True)
-    return tiny.build(RewardModel(base, loss, share_prompts=False)).double(), tiny.preferences()
+    return tiny.build(RewardModel(base, loss)).double(), tiny.preferences()
 
 
 def ranked_reward_model(base: Base) -> Case:
@@ -43,20 +44,20 @@ def ranked_reward_model(base: Base) -> Case:
 
 
 def dpo(base: Base) -> Case:
-    module = tiny.build(DPO(base, DPOLoss(beta=0.5, label_smoothing=0.1), share_prompts=False))
+    module = tiny.build(DPO(base, DPOLoss(beta=0.5, label_smoothing=0.1)))
     tiny.disturb(module, 0.03)
     return module.double(), tiny.preferences()
 
 
 def ipo(base: Base) -> Case:
-    module = tiny.build(DPO(base, IPOLoss(beta=0.5, average_log_prob=True), share_prompts=False))
+    module = tiny.build(DPO(base, IPOLoss(beta=0.5, average_log_prob=True)))
     tiny.disturb(module, 0.03)
     return module.double(), tiny.preferences()
 
 
 def orpo(base: Base) -> Case:
     """No reference, and an SFT term, whose denominator is tokens."""
-    module = tiny.build(DPO(base, ORPOLoss(beta=0.5), sft_coefficient=0.7, share_prompts=False))
+    module = tiny.build(DPO(base, ORPOLoss(beta=0.5), sft_coefficient=0.7))
     return module.double(), tiny.preferences()
 
 
@@ -116,6 +117,17 @@ def grpo(base: Base) -> Case:
 CASES = [sft, reward_model, ranked_reward_model, dpo, ipo, orpo, kto, ppo, ppo_trunk, rloo, grpo]
 
 
+@pytest.fixture(autouse=True)
+def norms_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' RMSNorm casts to float32 whatever it is given."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        variance = hidden_states.square().mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
 @pytest.fixture(
     params=[(case, lora) for case in CASES for lora in (None, LoRA(rank=4))],
     ids=lambda value: f"{value[0].__name__}-{'lora' if value[1] else 'full'}",
@@ -137,21 +149,19 @@ def with_budget(batch: Any, budget: int) -> Any:
 
 def test_loss_and_gradients(case: Case) -> None:
     module, batch = case
-    # How many responses share a prompt depends on the cut: the norms' own arithmetic is in float32.
-    tolerance = 1e-6 if isinstance(module, RLOO | GRPO) else TOLERANCE
     whole = tiny.Step(module, batch, cut=False)
     assert not whole.without_gradient
     assert whole.norm > 1e-3
     for budget in (1, 25, 60, 110, tiny.EVERYTHING):
         pieces = len(list(with_budget(batch, budget).micro_batches()))
         assert pieces == {1: len(batch), tiny.EVERYTHING: 1}.get(budget, pieces)
-        whole.assert_equals(tiny.Step(module, with_budget(batch, budget)), tolerance)
+        whole.assert_equals(tiny.Step(module, with_budget(batch, budget)), TOLERANCE)
     for extra, fill in ((1, tiny.EOS), (17, 5)):
-        whole.assert_equals(tiny.Step(module, tiny.widen(batch, extra, fill), cut=False), tolerance)
+        whole.assert_equals(tiny.Step(module, tiny.widen(batch, extra, fill), cut=False), TOLERANCE)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
     shuffled = batch.select(order)
-    whole.assert_equals(tiny.Step(module, shuffled, cut=False), tolerance)
-    whole.assert_equals(tiny.Step(module, with_budget(shuffled, 60)), tolerance)
+    whole.assert_equals(tiny.Step(module, shuffled, cut=False), TOLERANCE)
+    whole.assert_equals(tiny.Step(module, with_budget(shuffled, 60)), TOLERANCE)
 
 
 def test_the_loss_is_a_mean_over_what_it_says(case: Case) -> None:
@@ -168,14 +178,16 @@ def test_the_loss_is_a_mean_over_what_it_says(case: Case) -> None:
     assert tiny.Step(module, batch).totals["loss"] == pytest.approx(mean, rel=1e-9)
 
 
-@pytest.mark.parametrize("case", [dpo, ipo, orpo, reward_model])
-@pytest.mark.parametrize("lora", [None, LoRA(rank=4)])
-def test_a_shared_prompt_changes_nothing_beyond_the_norms_rounding(llama: str, case: Any, lora: LoRA | None) -> None:
-    module, batch = case(Base(name=llama, lora=lora))
-    apart = tiny.Step(module, batch)
-    module.share_prompts = True
-    tiny.Step(module, batch).assert_equals(apart, 1e-6)
-    tiny.Step(module, with_budget(batch, 60)).assert_equals(apart, 1e-6)
+def test_a_shared_prompt_changes_nothing(case: Case) -> None:
+    """Shared, each prompt computed for itself, and every row, pair or list alone."""
+    module, batch = case
+    shared = tiny.Step(module, batch)
+    assert layout_of(module) == "shared"
+    with without_sharing():
+        apart = tiny.Step(module, batch)
+        shared.assert_equals(apart, TOLERANCE)
+        tiny.Step(module, with_budget(batch, 1)).assert_equals(apart, TOLERANCE)
+    tiny.Step(module, with_budget(batch, 60)).assert_equals(apart, TOLERANCE)
 
 
 def test_in_float32_within_rounding(llama: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from rlhf_lit.batches import ExperienceBatch, Sequences, same_prompts
+from rlhf_lit.batches import ExperienceBatch, Layout, PreferenceBatch, RankedBatch, Sequences, same_prompts
 from rlhf_lit.batches.micro_batches import cut_by_tokens
 
 
@@ -108,7 +108,7 @@ def test_packed_responses_are_cut_into_the_fewest_groups_and_alike() -> None:
             def tokens(group: list[int], lengths: list[int] = lengths) -> int:
                 return sum(4 + 3 * which for which in {i % 3 for i in group}) + sum(lengths[i] for i in group)
 
-            groups = [group.tolist() for group in rows.cut_responses(budget, packed=True)]
+            groups = [group.tolist() for group in rows.cut_responses(budget, "shared")]
             ordered = sorted(range(8), key=lambda i: i % 3)
             assert list(itertools.chain(*groups)) == ordered
             assert all(len(group) == 1 or tokens(group) <= budget for group in groups)
@@ -127,11 +127,30 @@ def test_packed_responses_are_cut_into_the_fewest_groups_and_alike() -> None:
 
 def test_responses_without_a_prompt_in_common_are_cut_as_any_rows() -> None:
     rows = responses((0, 3, 2), (1, 3, 9), (2, 3, 5))
-    for packed in (False, True):
-        found = [group.tolist() for group in rows.cut_responses(16, packed)]
-        assert found == [group.tolist() for group in cut_by_tokens(rows.lengths, 16, packed)]
+    layouts: tuple[Layout, ...] = ("padded", "packed", "shared")
+    for layout in layouts:
+        found = [group.tolist() for group in rows.cut_responses(16, layout)]
+        assert found == [group.tolist() for group in cut_by_tokens(rows.lengths, 16, layout)]
+
+
+def test_pairs_and_ranked_lists_count_their_prompt_once() -> None:
+    """Also where several pairs have the same; a pair and a prompt's answers stay together."""
+    chosen, rejected = responses((0, 6, 2), (1, 6, 3), (0, 6, 1)), responses((0, 6, 1), (1, 6, 1), (0, 6, 2))
+    pairs = PreferenceBatch(chosen, rejected, torch.zeros(3), 19)
+
+    def cut(batch: PreferenceBatch | RankedBatch, layout: Layout) -> list[list[list[int]]]:
+        return [[part.lengths.tolist() for part in piece.answers()] for piece in batch.micro_batches(layout)]
+
+    assert cut(pairs, "padded") == [[[9], [7]], [[8], [7]], [[7], [8]]]
+    assert cut(pairs, "packed") == [[[9], [7]], [[8], [7]], [[7], [8]]]
+    # 6 + 3 + 3 of the first and the third together, 6 + 4 of the second.
+    assert cut(pairs, "shared") == [[[8, 7], [7, 8]], [[9], [7]]]
+    lists = RankedBatch(pairs.sides().select(torch.tensor([0, 3, 2, 5, 1, 4])), torch.tensor([4, 2]),
+                        torch.zeros(6, dtype=torch.int64), torch.zeros(6), 22)  # fmt: skip
+    assert cut(lists, "packed") == [[[8, 7, 7, 8]], [[9, 7]]]
+    assert cut(lists, "shared") == [[[8, 7, 7, 8, 9, 7]]]
 
 
 def test_a_budget_below_one_is_refused_where_prompts_are_shared() -> None:
     with pytest.raises(ValueError, match="micro_batch_tokens"):
-        responses((0, 3, 2), (0, 3, 4)).cut_responses(0, packed=True)
+        responses((0, 3, 2), (0, 3, 4)).cut_responses(0, "shared")

@@ -75,7 +75,7 @@ def test_margins_are_differences_of_ratings() -> None:
 
 def test_lists_of_two_are_pairs(llama: str) -> None:
     loss = BradleyTerryLoss(centring=0.01, use_margin=True)
-    module = tiny.build(RewardModel(Base(name=llama), loss, share_prompts=False)).double()
+    module = tiny.build(RewardModel(Base(name=llama), loss)).double()
     pairs = tiny.Step(module, PREFERENCES, cut=False)
     pairs.assert_equals(tiny.Step(module, as_lists(PREFERENCES), cut=False), 1e-12)
     assert module.denominators(PREFERENCES) == module.denominators(as_lists(PREFERENCES))
@@ -115,7 +115,7 @@ def test_each_answer_is_forwarded_once(llama: str) -> None:
     module.scorer.register_forward_pre_hook(lambda model, inputs, keywords: rows.append(1), with_kwargs=True)
     seen: list[int] = []
     scores = module.scores
-    module.scores = lambda rows, states=None: seen.append(len(rows)) or scores(rows, states)  # type: ignore
+    module.scores = lambda rows: seen.append(len(rows)) or scores(rows)  # type: ignore
     batch = tiny.rankings()
     tiny.Step(module, batch)
     assert sum(seen) == len(batch.sequences) == 13

@@ -1,13 +1,15 @@
-"""The analytic count of a step's operations, against PyTorch's own count of a real forward and backward pass."""
+"""The operations that a step's passes count, against PyTorch's own count of the same step."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,11 +17,13 @@ from rlhf_lit.algorithms import DPO, KTO, SFT, RewardModel
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import Reference
 from rlhf_lit.algorithms.ppo import Critic
-from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, SupervisedBatch, UnpairedBatch
+from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, Sequences, SupervisedBatch, UnpairedBatch
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss, KTOLoss
-from rlhf_lit.models.flops import Pass, flops
+from rlhf_lit.models.flops import count_flops, uncounted
 from rlhf_lit.models.loading import Base, LoRA, Quantization
+from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.models.packing import sequence_states, without_sharing
 from tests.unit.tiny import EVERYTHING, Step, build, make_ppo, save_model, sequences
 
 ROWS, LENGTH, LAYERS, WIDTH = 4, 12, 2, 32
@@ -34,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def counted(module: Algorithm, batch: Any) -> int:
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with without_sharing(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         Step(module, batch)
     return counter.get_total_flops()
 
@@ -65,7 +69,11 @@ def pairs() -> PreferenceBatch:
 
 
 def of(module: Algorithm, batch: Any) -> float:
-    return float(flops(module.model_passes(batch)))
+    """The count of a step, prompts shared."""
+    with count_flops() as counted:
+        Step(module, batch)
+    assert counted.total is not None
+    return float(counted.total)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
@@ -83,7 +91,7 @@ def test_sft_through_a_frozen_base(folders: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=RANK)])
 def test_dpo_with_its_reference(folders: dict[str, str], lora: LoRA | None) -> None:
-    module = build(DPO(Base(folders["llama"], lora=lora), DPOLoss(0.1), share_prompts=False))
+    module = build(DPO(Base(folders["llama"], lora=lora), DPOLoss(0.1)))
     expected = of(module, pairs()) + second_half(4, 2) - (needless(2 * ROWS) if lora else 0)
     assert expected == pytest.approx(counted(module, pairs()), rel=TOLERANCE)
 
@@ -103,7 +111,7 @@ def test_kto_with_its_mismatched_responses(folders: dict[str, str]) -> None:
 
 
 def test_a_reward_model(folders: dict[str, str]) -> None:
-    module = build(RewardModel(Base(folders["llama"]), share_prompts=False))
+    module = build(RewardModel(Base(folders["llama"])))
     expected = of(module, pairs()) + second_half(2, 2) + scalar_head(2 * ROWS)
     assert expected == pytest.approx(counted(module, pairs()), rel=TOLERANCE)
 
@@ -134,8 +142,63 @@ def test_neither_padding_nor_recomputation_nor_sharing_counts(folders: dict[str,
     ragged = sequences([ROW, (5, 40)])
     each = [SupervisedBatch(ragged.select(torch.tensor([i])), EVERYTHING) for i in range(2)]
     assert of(plain, SupervisedBatch(ragged, EVERYTHING)) == pytest.approx(sum(of(plain, one) for one in each))
-    apart, shared = (build(DPO(Base(folders["llama"]), DPOLoss(0.1), share_prompts=share)) for share in (False, True))
-    assert of(apart, pairs()) == of(shared, pairs())
+    module = build(DPO(Base(folders["llama"]), DPOLoss(0.1)))
+    alike = replace(pairs(), rejected=pairs().chosen)
+    with without_sharing():
+        apart = of(module, alike)
+    assert of(module, alike) == apart
+
+
+def forward(model: nn.Module, sequences: Sequences) -> float:
+    """The count of a pass without gradients."""
+    with torch.no_grad(), count_flops() as counted:
+        token_logprobs(model, sequences)
+    assert counted.total is not None
+    return float(counted.total)
+
+
+def test_a_critic_that_warms_up_counts_alone(folders: dict[str, str]) -> None:
+    """On the trunk: the policy's body forwards and backwards, without its LM head."""
+    zeros = torch.zeros(ROWS, LENGTH)
+    batch = ExperienceBatch(rows(), *[zeros] * 6, kl_coefficient=0.2, micro_batch_tokens=EVERYTHING)
+    found = []
+    for critic in (Critic(init="policy", warmup=1), Critic(init="policy", trunk=True, warmup=1)):
+        module = make_ppo(Base(folders["llama"]), critic=critic)
+        with count_flops() as body, module.roles.acting("value") as model:
+            sequence_states(model, batch.sequences)
+        assert body.total is not None
+        found.append(of(module, batch))
+        assert found[-1] == float(body.total) > 0
+    assert found[0] == found[1]
+
+
+def test_with_adapters_the_reference_is_the_bare_base(folders: dict[str, str]) -> None:
+    module = build(DPO(Base(folders["llama"], lora=LoRA(rank=RANK)), DPOLoss(0.1)))
+    with module.roles.acting("policy") as model:
+        policy = forward(model, rows())
+    with module.roles.acting("reference") as model:
+        reference = forward(model, rows())
+    adapters = sum(p.numel() for p in module.trainable_parameters())
+    assert policy - reference == 2 * adapters * ROWS * LENGTH
+
+
+def test_what_is_paused_or_outside_is_not_counted(folders: dict[str, str]) -> None:
+    model = build(SFT(Base(folders["llama"]))).roles.policy
+    with count_flops() as counted:
+        with uncounted():
+            token_logprobs(model, rows())
+        assert counted.total is None
+        counted.paused = True
+        token_logprobs(model, rows())
+        assert counted.total is None
+        counted.paused = False
+        with uncounted(False), torch.no_grad():
+            token_logprobs(model, rows())
+        total = counted.total
+        assert total is not None
+    token_logprobs(model, rows())
+    assert counted.total is total
+    assert float(total) == forward(model, rows())
 
 
 def test_of_experts_those_that_a_token_is_sent_to(tmp_path: Path) -> None:
@@ -148,7 +211,7 @@ def test_of_experts_those_that_a_token_is_sent_to(tmp_path: Path) -> None:
     body = 4 * 32 * 32 + 4 * 32 + 2 * 3 * 32 * 16  # attention, router, two experts of three matrices
     attention = 4 * 32 * LENGTH**2 // 2
     head = 2 * 32 * 40 * int(one.mask.sum())
-    assert float(flops([Pass(model, None, one, backward=False)])) == 2 * body * LENGTH + attention + head
+    assert forward(model, one) == 2 * body * LENGTH + attention + head
 
 
 def test_of_a_model_without_attention_the_matrices() -> None:
@@ -161,7 +224,7 @@ def test_of_a_model_without_attention_the_matrices() -> None:
     body = 32 * 2 * inner + inner * 4 + inner * 4  # in, convolution, A
     body += inner * (2 + 2 * 4) + 2 * inner + inner * 32  # x, Δ, out
     head = 2 * 32 * 40 * int(one.mask.sum())
-    assert float(flops([Pass(model, None, one, backward=False)])) == 2 * body * LENGTH + head
+    assert forward(model, one) == 2 * body * LENGTH + head
 
 
 @pytest.mark.parametrize(
@@ -186,7 +249,6 @@ def test_utilisation_is_of_the_peak_in_the_dtype_of_the_products(
     module.trainer = trainer
     logged: dict[str, float] = {}
     monkeypatch.setattr(module, "log", lambda name, value: logged.update({name: float(value)}))
-    passes = list(model.model_passes(SupervisedBatch(rows(), EVERYTHING)))
-    module._log_flops(passes, seconds=2.0)
-    total = float(flops(passes))
+    total = of(model, SupervisedBatch(rows(), EVERYTHING))
+    module._log_flops(torch.tensor(total, dtype=torch.float64), seconds=2.0)
     assert logged == pytest.approx({"train/tflops_per_s": total / 2e12, "train/mfu": total / 2 / 4_000_000})

@@ -1,4 +1,4 @@
-"""The states of sequences that stand in one row, prompts of pairs once, against those of rows of their own."""
+"""The states of packed sequences, common prompts computed once, against those of rows of their own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms import RewardModel
 from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.loading import Base, LoRA, load_causal_lm, load_scorer
-from rlhf_lit.models.packing import Segments, attention, hidden_states, pair_states, sequence_states
+from rlhf_lit.models.packing import Segments, attention, hidden_states, layout_of, sequence_states, without_sharing
 
 
 def pairs(prompts: list[int], chosen: list[int], rejected: list[int]) -> tuple[Sequences, Sequences]:
@@ -42,7 +41,7 @@ def widths(model: nn.Module, chosen: Sequences, rejected: Sequences) -> tuple[Te
     hook = body.register_forward_pre_hook(
         lambda _, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True
     )
-    states = pair_states(model, chosen, rejected)
+    states = sequence_states(model, chosen.join(rejected))
     hook.remove()
     return states, shapes
 
@@ -77,18 +76,6 @@ def test_states_and_gradients_are_those_of_the_rows_apart(
         assert float((one - other).norm()) < 1e-6 * float(other.norm())
 
 
-def test_the_beginning_that_answers_have_in_common_is_shared_too(llama: str) -> None:
-    """Also where one side is the beginning of the other, and where both are the same."""
-    model = load_causal_lm(Base(name=llama)).double()
-    tokens = [[1, 9, 8, 7, 5, 4], [1, 9, 8, 7, 5], [3, 3, 3, 9]]
-    other = [[1, 9, 8, 7, 5], [1, 9, 8, 7, 5], [3, 3, 3, 9]]
-    chosen, rejected = (Sequences.pad(rows, [[False] * len(row) for row in rows]) for rows in (tokens, other))
-    states, shapes = widths(model, chosen, rejected)
-    assert shapes == [(1, 6 + 5 + 4)]
-    sides = chosen.join(rejected)
-    torch.testing.assert_close(real(states, sides), real(hidden_states(model, sides.tokens), sides), rtol=0, atol=1e-12)
-
-
 def test_scorers_share_too(llama: str) -> None:
     model = load_scorer(Base(name=llama)).double()
     sides = RAGGED[0].join(RAGGED[1])
@@ -97,14 +84,40 @@ def test_scorers_share_too(llama: str) -> None:
     torch.testing.assert_close(real(states, sides), real(hidden_states(model, sides.tokens), sides), rtol=0, atol=1e-12)
 
 
-def test_with_dropout_the_sides_are_computed_apart(llama: str) -> None:
-    """They would else have one noise on the prompt."""
-    assert RewardModel(Base(name=llama, lora=LoRA(rank=4))).share_prompts
-    assert not RewardModel(Base(name=llama, lora=LoRA(rank=4, dropout=0.1))).share_prompts
+@pytest.mark.parametrize(
+    ("lora", "overrides"),
+    [(LoRA(rank=4, dropout=0.1), {}), (None, {"attention_dropout": 0.1}), (None, {"hidden_dropout": 0.1})],
+    ids=["adapters", "attention", "elsewhere"],
+)
+def test_with_active_dropout_prompts_are_computed_apart(
+    lora: LoRA | None, overrides: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """They would else have one noise on the prompt. In eval mode there is none."""
+    folder = tiny.save_model(tmp_path_factory.mktemp("dropout"), "llama", **overrides)
+    model = load_scorer(Base(name=folder, lora=lora))
+    model.train()
+    attention = "attention_dropout" in overrides
+    assert layout_of(model) == ("padded" if attention else "packed")
+    assert widths(model, *RAGGED)[1] == [(8, 25) if attention else (1, 86 + 44)]
+    model.eval()
+    assert layout_of(model) == "shared"
+    assert widths(model, *RAGGED)[1] == [(1, 86)]
+
+
+def test_sharing_can_be_switched_off(llama: str) -> None:
+    model = load_causal_lm(Base(name=llama)).double()
+    shared, _ = widths(model, *RAGGED)
+    with without_sharing():
+        assert layout_of(model) == "packed"
+        apart, shapes = widths(model, *RAGGED)
+    assert shapes == [(1, 86 + 44)]
+    sides = RAGGED[0].join(RAGGED[1])
+    torch.testing.assert_close(real(shared, sides), real(apart, sides), rtol=0, atol=1e-12)
+    assert layout_of(model) == "shared"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "granite", "cohere", "gemma"])
-def test_rows_of_many_lengths_stand_in_one(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_rows_of_many_lengths_are_packed(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tiny.save_model(tmp_path_factory.mktemp(kind), kind)
     model = load_causal_lm(Base(name=folder)).double()
     rows = [[7], [3, 9, 4, 4, 8], [5, 5, 6], [2, 9, 8, 7, 6, 5, 4, 3, 2]]
@@ -117,12 +130,20 @@ def test_rows_of_many_lengths_stand_in_one(kind: str, tmp_path_factory: pytest.T
 
 
 def test_a_group_of_answers_shares_one_prompt(llama: str) -> None:
-    """Rows in any order, one that has nothing of its own, and two groups."""
+    """Rows in any order, two groups, a prompt of another length, and one of a lone token, which nobody shares."""
     model = load_causal_lm(Base(name=llama)).double()
-    rows = [[4, 4, 9], [8, 1, 2, 3, 5], [4, 4, 6, 6], [8, 1, 7], [4, 4], [9, 9, 9]]
-    sequences = Sequences.pad(rows, [[False] * len(row) for row in rows])
-    leader, shared = torch.tensor([0, 1, 0, 1, 0, 1]), torch.tensor([0, 0, 2, 2, 2, 0])
-    states = sequence_states(model, sequences, leader, shared)
+    rows = [
+        (2, [4, 4, 9]),
+        (3, [8, 1, 2, 3, 5]),
+        (2, [4, 4, 6, 6]),
+        (3, [8, 1, 2, 7]),
+        (1, [4, 4]),
+        (2, [4, 4, 1]),
+        (1, [4, 8]),
+    ]
+    sequences = Sequences.pad([t for _, t in rows], [[i >= n for i in range(len(t))] for n, t in rows])
+    states, shapes = widths(model, sequences.select(torch.arange(3)), sequences.select(torch.arange(3, 7)))
+    assert shapes == [(1, 23 - 2 * 2 - 3)]
     expected = hidden_states(model, sequences.tokens)
     torch.testing.assert_close(real(states, sequences), real(expected, sequences), rtol=0, atol=1e-12)
 
@@ -132,7 +153,7 @@ def test_recomputed_activations_are_those_of_the_sequences_too(llama: str) -> No
     gradients = []
     for checkpointing in (False, True):
         model = load_causal_lm(Base(name=llama, gradient_checkpointing=checkpointing)).double().train()
-        real(pair_states(model, *RAGGED), RAGGED[0].join(RAGGED[1])).square().sum().backward()
+        real(sequence_states(model, RAGGED[0].join(RAGGED[1])), RAGGED[0].join(RAGGED[1])).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
     for one, other in zip(*gradients, strict=True):
@@ -171,8 +192,9 @@ def test_the_context_limits_each_row_and_not_the_two_answers_together(
     assert shapes == [(1, 86)]
     sides = RAGGED[0].join(RAGGED[1])
     torch.testing.assert_close(real(states, sides), real(hidden_states(model, sides.tokens), sides), rtol=0, atol=1e-12)
+    long = pairs([20], [4], [6])
     with pytest.raises(UserError, match=r"a sequence of 27 tokens does not fit the model's context of 26"):
-        pair_states(model, *pairs([20], [4], [6]))
+        sequence_states(model, long[0].join(long[1]))
 
 
 @pytest.mark.parametrize(
