@@ -36,6 +36,10 @@ class Batch(Record):
         """The sequences that are learned from, prompt and answer each; empty where they are still to be written."""
         raise NotImplementedError
 
+    def rows_of_answers(self) -> Tensor:
+        """[sequences of one member of ``answers()``] the row of the batch that each belongs to."""
+        return torch.arange(len(self))
+
     def dummy(self) -> Self:
         """Dummy batch of the same kind, whose pass gathers what any other's does (see ``Sequences.dummy``)."""
         raise NotImplementedError
@@ -286,6 +290,9 @@ class RankedBatch(ComparedBatch):
             rank=self.rank.new_tensor([0, 1]),
             rating=self.rating.new_zeros(2),
         )
+
+    def rows_of_answers(self) -> Tensor:
+        return self.prompt_of_answer()
 
     def prompt_of_answer(self) -> Tensor:
         """[answers] the prompt's number in the batch."""

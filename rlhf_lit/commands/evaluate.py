@@ -12,7 +12,7 @@ import torch
 from lightning import seed_everything
 
 import rlhf_lit.algorithms  # noqa: F401 - so that judges can be named by their class alone
-from rlhf_lit import playground, runs
+from rlhf_lit import runs
 from rlhf_lit.commands.training import Parser, hush
 from rlhf_lit.data.chat import Template
 from rlhf_lit.data.records import OnBadRow, Source
@@ -48,7 +48,6 @@ def evaluate(
     sampling: Sampling = Sampling(),
     template: Template = "auto",
     on_bad_row: OnBadRow = "skip",
-    world: playground.World = playground.World(),
     dtype: Dtype = "float32",
     micro_batch_tokens: int = 32768,
     seed: int = 0,
@@ -70,7 +69,6 @@ def evaluate(
         sampling: length and temperature of the responses. Of it, `rows_at_once` changes no result.
         template: how conversations become text, as in training.
         on_bad_row: `skip` counts and reports bad rows, `error` stops at the first.
-        world: the built-in world, where the prompts are `playground`.
         dtype: of the weights of model, baseline and reference.
         micro_batch_tokens: padded tokens that go through the device at once. Changes no result.
         seed: of the samples and of the intervals.
@@ -90,7 +88,6 @@ def evaluate(
         sampling,
         template,
         on_bad_row,
-        world,
         dtype,
         micro_batch_tokens,
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),

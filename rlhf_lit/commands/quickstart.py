@@ -31,6 +31,8 @@ LABELS = {
     "dpo": "DPO",
 }
 SHOWN = 6
+# Which rows of a stage are the built-in world's; the other stages learn from pairs in a file.
+WORLDLY = {"sft": ("train",), "ppo": ("train", "validation")}
 
 
 def run(overlays: list[str] | None = None, world: playground.World = playground.World()) -> Path:
@@ -57,9 +59,8 @@ def run(overlays: list[str] | None = None, world: playground.World = playground.
 
     def fit(algorithm: str) -> None:
         print(f"\n── {algorithm} ──")
-        training.main(
-            ["fit", f"--config={CONFIGS / algorithm / 'quickstart.yaml'}", *extra, *_options("data.world", changed)]
-        )
+        worlds = [option for rows in WORLDLY.get(algorithm, ()) for option in _options(f"data.{rows}.world", changed)]
+        training.main(["fit", f"--config={CONFIGS / algorithm / 'quickstart.yaml'}", *extra, *worlds])
 
     fit("sft")
     for split, file in (("train", "pairs.jsonl"), ("held_out", "pairs_held_out.jsonl")):

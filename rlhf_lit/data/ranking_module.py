@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from rlhf_lit import playground
 from rlhf_lit.batches import RankedBatch, Sequences
 from rlhf_lit.data import records
-from rlhf_lit.data.chat import Template
-from rlhf_lit.data.records import OnBadRow, RowReport, Source
-from rlhf_lit.data.text_module import TextDataModule, say
-from rlhf_lit.data.truncation import Truncation, truncate_group
+from rlhf_lit.data.records import RowReport, Source
+from rlhf_lit.data.text_module import Answer, TextDataModule, say
+from rlhf_lit.data.truncation import truncate_group
 from rlhf_lit.errors import UserError
 
 
@@ -22,58 +21,20 @@ class RankingDataModule(TextDataModule):
     ``batch_size`` counts prompts.
 
     Args:
-        train, validation, validation_fraction, test, predict, batch_size, micro_batch_tokens, max_length, truncation,
-            template, on_bad_row, world, workers, cache: see ``TextDataModule``.
+        rows: the arguments of ``TextDataModule``, by name.
         max_answers: a list of more is a bad row. All answers to a prompt go through the device at once.
     """
 
     gives = RankedBatch
 
-    def __init__(
-        self,
-        train: Source | None = None,
-        validation: Source | None = None,
-        validation_fraction: float = 0.0,
-        test: Source | None = None,
-        predict: Source | None = None,
-        batch_size: int = 64,
-        micro_batch_tokens: int = 8192,
-        max_length: int = 1024,
-        truncation: Truncation = "keep_end",
-        template: Template = "auto",
-        on_bad_row: OnBadRow = "skip",
-        world: playground.World = playground.World(),
-        workers: int = 1,
-        cache: str | None = "~/.cache/rlhf_lit",
-        max_answers: int = 9,
-    ) -> None:
-        super().__init__(
-            train,
-            validation,
-            validation_fraction,
-            test,
-            predict,
-            batch_size,
-            micro_batch_tokens,
-            max_length,
-            truncation,
-            template,
-            on_bad_row,
-            world,
-            workers,
-            cache,
-        )
+    def __init__(self, *, max_answers: int = 9, **rows: Any) -> None:
+        super().__init__(**rows)
         if max_answers < 2:
             raise UserError(f"data.max_answers must be at least 2, not {max_answers}")
         self.max_answers = max_answers
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        if source.path == "playground":
-            raise UserError(
-                "data: the built-in world's ranked answers are a policy's own samples: make a file with "
-                "`python -m rlhf_lit playground --model RUN --ranked true --to FILE` and name it here"
-            )
-        rows = records.read_rows(source)
+        rows = records.rows_of(source, "ranked answers")
         return records.rankings(rows, source, on_bad_row=self.on_bad_row, most=self.max_answers)
 
     def encode(self, record: records.Ranking) -> dict[str, Any] | str:
@@ -108,6 +69,18 @@ class RankingDataModule(TextDataModule):
             torch.tensor(flat("ratings"), dtype=torch.float32),
             self.micro_batch_tokens,
         )
+
+    @property
+    def answers_per_row(self) -> int:
+        return self.max_answers
+
+    def row_of(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        return {
+            "answers": [tokens for tokens, _ in answers],
+            "masks": [mask for _, mask in answers],
+            "ranks": list(range(len(answers))),
+            "ratings": [0.0] * len(answers),
+        }
 
     def _tokenised(self, name: str, source: Source) -> list[dict[str, Any]]:
         kept = super()._tokenised(name, source)

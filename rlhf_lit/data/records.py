@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from rlhf_lit.data import ranked_rows
 from rlhf_lit.data import rows as row_shapes
 from rlhf_lit.data.rows import BadRow, Message
-from rlhf_lit.data.sources import Source, read_rows
+from rlhf_lit.data.sources import Source, read_rows, rows_of
 from rlhf_lit.errors import UserError
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "prompts",
     "rankings",
     "read_rows",
+    "rows_of",
 ]
 
 OnBadRow = Literal["skip", "error"]

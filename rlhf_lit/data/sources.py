@@ -1,4 +1,4 @@
-"""Raw rows from a hub data set or a local file, every value with the type its file gave it."""
+"""Raw rows from a hub data set, a local file (every value with the type its file gave it) or the built-in world."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rlhf_lit import playground
 from rlhf_lit.errors import UserError
+from rlhf_lit.playground import Wanted, World
+from rlhf_lit.runs import PLAYGROUND
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".txt")
 
@@ -23,11 +27,17 @@ class Source:
 
     Args:
         path: a data set's name on the hub, a folder that `datasets` can load, or a local .json, .jsonl, .csv, .parquet
-            or .txt file, which may be compressed (.gz). A .txt file has one row per non-empty line.
-        split: split of a hub data set, slices such as `train[:100]` allowed. A local file has only `train`.
+            or .txt file, which may be compressed (.gz). A .txt file has one row per non-empty line. `playground` is
+            the built-in world.
+        split: split of a hub data set, slices such as `train[:100]` allowed; of the built-in world `train` or
+            `held_out`. A local file has only `train`.
         name: configuration of a hub data set.
         columns: our name for a column → the file's name, e.g. `{prompt: question, chosen: response_j}`.
         limit: read usable rows until there are this many; all of them where it is null.
+        world: the built-in world, where the path is `playground`.
+
+    Raises:
+        UserError: a ``world`` of its own beside another path.
     """
 
     path: str
@@ -35,6 +45,13 @@ class Source:
     name: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
+    world: World = World()
+
+    def __post_init__(self) -> None:
+        if self.world != World() and self.path != PLAYGROUND:
+            raise UserError(
+                f"world: it makes up the rows of the path {PLAYGROUND} alone, not those of {self.path}; leave it out"
+            )
 
     @property
     def label(self) -> str:
@@ -47,8 +64,35 @@ def is_local_file(path: str) -> bool:
     return Path(path).is_file() or path.removesuffix(".gz").endswith(EXTENSIONS)
 
 
+def require_one_world(sources: Mapping[str, Source | None]) -> None:
+    """Refuse parts of different built-in worlds, whose splits overlap. Raises UserError."""
+    parts = {name: source for name, source in sources.items() if source is not None and source.path == PLAYGROUND}
+    for (first, one), (name, other) in pairwise(parts.items()):
+        if one.world.seed != other.world.seed:
+            raise UserError(
+                f"data.{name}.world.seed: {other.world.seed} splits the built-in world otherwise than "
+                f"data.{first}.world.seed: {one.world.seed}, so that prompts of one may be in the other; set both alike"
+            )
+
+
+def rows_of(source: Source, wanted: Wanted) -> list[Any]:
+    """All rows of a source, a file's or those of the built-in world.
+
+    Args:
+        source: where they come from.
+        wanted: what they are to be; the built-in world makes them up, a file has what it has.
+
+    Raises:
+        UserError: as ``read_rows`` and ``playground.rows`` say.
+    """
+    if source.path == PLAYGROUND:
+        return list(playground.rows(source.world, wanted, source.split))
+    return read_rows(source)
+
+
 def read_rows(source: Source) -> list[Any]:
-    """All rows, as the file has them: a dict each, unless a JSON file holds something else in a row's place.
+    """All rows of a file or a hub data set, as they are there: a dict each, unless a JSON file holds something else
+    in a row's place.
 
     JSON is read by Python's parser, since a columnar reader refuses a whole file for one row of another type; CSV cells
     stay text ("007" and "NA" too).

@@ -1,4 +1,4 @@
-"""What the three data modules share: files → records → tokens, with a cache, and batches.
+"""What the data modules share: files → records → tokens, with a cache, and batches.
 
 ``batch_size`` belongs to the experiment: what one optimizer step sees, over all ranks. ``micro_batch_tokens`` belongs
 to the machine: what goes through the device at once; it changes no result.
@@ -6,54 +6,35 @@ to the machine: what goes through the device at once; it changes no result.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
-import xxhash
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf_lit import playground
-from rlhf_lit.batches import (
-    ExperienceBatch,
-    PreferenceBatch,
-    PromptBatch,
-    RankedBatch,
-    Record,
-    Sequences,
-    SupervisedBatch,
-    UnpairedBatch,
-)
+from rlhf_lit.batches import Batch, PromptBatch, Record, Sequences
 from rlhf_lit.data import records
 from rlhf_lit.data.chat import ChatFormat, Template
 from rlhf_lit.data.loader import BatchLoader
 from rlhf_lit.data.records import OnBadRow, RowReport, Source
+from rlhf_lit.data.sources import require_one_world
+from rlhf_lit.data.tokens import tokenise
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
 from rlhf_lit.errors import UserError
 from rlhf_lit.randomness import permutation
 
-# Part of the tokenisation cache's key: raise it when the same text would give other tokens.
-TOKENISATION_VERSION = 2
 SHOWN_SAMPLES = 8
-# What batches hold, in words, and the data module that makes them.
-KINDS: dict[type[Record], tuple[str, str]] = {
-    SupervisedBatch: ("demonstrations", "SFTDataModule"),
-    PreferenceBatch: ("preference pairs", "PreferenceDataModule"),
-    RankedBatch: ("ranked lists of answers", "RankingDataModule"),
-    UnpairedBatch: ("answers judged one by one", "UnpairedDataModule"),
-    ExperienceBatch: ("prompts to be answered", "RolloutDataModule"),
-}
+
+Answer = tuple[list[int], list[bool]]
+"""Tokens of prompt and answer, and the mask on the answer."""
 
 
 class TextDataModule(LightningDataModule):
-    """What the three share: reading, validating, tokenising with a cache, splitting, batching.
+    """What the data modules share: reading, validating, tokenising with a cache, splitting, batching.
 
     Args:
         train: training rows.
@@ -69,7 +50,6 @@ class TextDataModule(LightningDataModule):
         template: how conversations become text: the tokenizer's own chat template where it has one (`auto`), that
             or none (`tokenizer`), the built-in `User: … Assistant: …` (`plain`), or the bare text (`none`).
         on_bad_row: `skip` counts and reports bad rows, `error` stops at the first.
-        world: the built-in world, where a path is `playground`.
         workers: processes that tokenise.
         cache: folder of tokenised files, found again by content; null keeps nothing.
     """
@@ -87,7 +67,6 @@ class TextDataModule(LightningDataModule):
         truncation: Truncation = "keep_end",
         template: Template = "auto",
         on_bad_row: OnBadRow = "skip",
-        world: playground.World = playground.World(),
         workers: int = 1,
         cache: str | None = "~/.cache/rlhf_lit",
     ) -> None:
@@ -100,6 +79,7 @@ class TextDataModule(LightningDataModule):
         if validation is not None and validation_fraction:
             raise UserError("data.validation_fraction: leave it out where data.validation names rows of its own")
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        require_one_world(self.sources)
         self.validation_fraction = validation_fraction
         self.batch_size = batch_size
         self.micro_batch_tokens = micro_batch_tokens
@@ -107,7 +87,6 @@ class TextDataModule(LightningDataModule):
         self.truncation = truncation
         self.template: Template = template
         self.on_bad_row: OnBadRow = on_bad_row
-        self.world = world
         self.workers = workers
         self.cache = cache
         self.examples: dict[str, list[Any]] = {}
@@ -117,7 +96,7 @@ class TextDataModule(LightningDataModule):
 
     # What a subclass says
 
-    gives: type[Record] | None = None  # the kind of batch that its rows make, where it says so
+    gives: type[Batch] | None = None  # the kind of batch that its rows make, where it says so
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
         """Validated records of a source."""
@@ -127,9 +106,32 @@ class TextDataModule(LightningDataModule):
         """A record's tokens (plain lists), or in a few words why it has none."""
         raise NotImplementedError
 
-    def collate(self, examples: list[dict[str, Any]]) -> Record:
-        """A typed batch."""
+    def collate(self, examples: list[dict[str, Any]]) -> Batch:
+        """A typed batch of what ``encode`` made."""
         raise NotImplementedError
+
+    @property
+    def answers_per_row(self) -> int:
+        """The most sequences that a row may have; ``memory`` asks."""
+        return 1
+
+    def row_of(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """A row for ``collate`` that holds the given answers (tokens and mask); ``memory`` measures with such rows.
+
+        Raises:
+            UserError: the data module does not say.
+        """
+        name = type(self).__name__
+        raise UserError(f"data: memory does not know what a row of {name} is made of; write {name}.row_of(answers)")
+
+    def first_seen(self, rows: Sequence[dict[str, Any]], places: Sequence[int]) -> Batch | PromptBatch:
+        """What training makes of rows first: a batch to learn from, or prompts to be answered.
+
+        Args:
+            rows: training rows, as ``encode`` made them.
+            places: their numbers among the training rows.
+        """
+        return self.collate(list(rows))
 
     # Setup
 
@@ -172,14 +174,14 @@ class TextDataModule(LightningDataModule):
         module need not say what it is made for."""
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        known: tuple[type[Record], ...] = getattr(module, "learns_from", ())
+        known: tuple[type[Batch], ...] = getattr(module, "learns_from", ())
         if not known or self.gives is None or issubclass(self.gives, known):
             return
         if stage == "predict" and hasattr(module, "respond"):
             return
-        words = " or ".join(f"{KINDS[kind][0]} ({KINDS[kind][1]})" for kind in known)
-        given, name = KINDS[self.gives][0], type(module).__name__
-        raise UserError(f"data: {type(self).__name__} gives {given}, and {name} learns from {words}")
+        words = " or ".join(f"{kind.kind} ({kind.data_module or kind.__name__})" for kind in known)
+        name = type(module).__name__
+        raise UserError(f"data: {type(self).__name__} gives {self.gives.kind}, and {name} learns from {words}")
 
     def _load(self, name: str) -> None:
         source = self.sources[name]
@@ -200,7 +202,9 @@ class TextDataModule(LightningDataModule):
     def _tokenised(self, name: str, source: Source) -> list[dict[str, Any]]:
         """Rows of a source as token lists; bad ones counted and reported."""
         found, report = self.read(source)
-        encoded = self._encode_all(found, name)
+        settings = (type(self).__name__, self.chat.fingerprint, self.max_length, self.truncation)
+        encoded, key = tokenise(found, self.encode, settings, name, self.cache, self.workers)
+        self.identities[name] = f"{len(found)} rows with the digest {key[:12]}"
         kept = []
         for record, tokens in zip(found, encoded, strict=True):
             if isinstance(tokens, str):
@@ -221,44 +225,6 @@ class TextDataModule(LightningDataModule):
         if not kept:
             raise UserError(f"data.{name}: no usable row is left of {report.summary()}")
         return kept
-
-    def _encode_all(self, found: Sequence[Any], name: str) -> list[dict[str, Any] | str]:
-        """Tokens of each record, through `datasets`: in parallel, with progress, found again by content."""
-        import datasets
-
-        rows = [json.dumps(_content(record), ensure_ascii=False, default=str) for record in found]
-        digest = xxhash.xxh3_128()
-        options = [type(self).__name__, self.chat.fingerprint, self.max_length, self.truncation, TOKENISATION_VERSION]
-        for piece in (json.dumps(options), *rows):
-            digest.update(piece.encode())
-        key = digest.hexdigest()
-        self.identities[name] = f"{len(found)} rows with the digest {key[:12]}"
-        file = Path(self.cache).expanduser() / f"{key}.arrow" if self.cache else None
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.exists():
-                return [json.loads(tokens) for tokens in datasets.Dataset.from_file(str(file))["tokens"]]
-        progress = datasets.Dataset.from_dict({"index": list(range(len(found)))})
-        mapped = progress.map(
-            lambda row: {"tokens": json.dumps(self._encoded_or_reason(found[row["index"]]))},
-            num_proc=self.workers if self.workers > 1 else None,
-            desc=f"Tokenising {name}",
-            new_fingerprint=key,
-            remove_columns=["index"],
-            keep_in_memory=True,
-        )
-        encoded = mapped["tokens"]
-        if file is not None:
-            partial = file.with_suffix(f".{uuid4().hex}.partial")  # not torch's generator: a cache may change no result
-            _write_arrow(mapped, partial)
-            partial.replace(file)
-        return [json.loads(tokens) for tokens in encoded]
-
-    def _encoded_or_reason(self, record: Any) -> dict[str, Any] | str:
-        try:
-            return self.encode(record)
-        except UserError as error:  # a chat template that refuses this conversation
-            return str(error)
 
     # Loaders
 
@@ -363,16 +329,3 @@ class TextDataModule(LightningDataModule):
 @rank_zero_only
 def say(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _content(record: Any) -> Any:
-    """What a record's tokens depend on: everything but the row it came from."""
-    return {k: v for k, v in vars(record).items() if k not in ("source", "row")}
-
-
-def _write_arrow(dataset: Any, file: Path) -> None:
-    from datasets.arrow_writer import ArrowWriter
-
-    with ArrowWriter(path=str(file), features=dataset.features) as writer:
-        writer.write_table(dataset.data.table)
-        writer.finalize()

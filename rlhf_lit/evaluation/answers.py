@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_lit import playground
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.batches import Sequences
 from rlhf_lit.data import records
 from rlhf_lit.data.chat import ChatFormat, Template
-from rlhf_lit.data.modules import playground_rows
 from rlhf_lit.data.records import Demonstration, Message, OnBadRow, Prompt, RowReport, Source
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.estimates import Array
@@ -50,22 +48,17 @@ class Answers:
         return counts
 
 
-def read_prompts(source: Source, world: playground.World, on_bad_row: OnBadRow) -> tuple[list[Prompt], RowReport]:
+def read_prompts(source: Source, on_bad_row: OnBadRow) -> tuple[list[Prompt], RowReport]:
     """Distinct prompts: one that comes again would count twice, and is no new evidence.
 
     Args:
         source: a file, a hub data set, or `playground`.
-        world: the built-in world.
         on_bad_row: what a bad row leads to.
 
     Raises:
         UserError: nothing to be read, a bad row where that is an error, or no usable row.
     """
-
-    def built_in(world: playground.World) -> list[dict[str, Any]]:
-        return playground.prompts(world, source.split)  # type: ignore[arg-type]
-
-    found, report = records.prompts(playground_rows(source, world, built_in), source, on_bad_row=on_bad_row)
+    found, report = records.prompts(records.rows_of(source, "prompts"), source, on_bad_row=on_bad_row)
     distinct: dict[tuple[Message, ...], Prompt] = {}
     for prompt in found:
         if prompt.prompt in distinct:

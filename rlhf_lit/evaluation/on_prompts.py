@@ -69,7 +69,7 @@ def on_prompts(
     Returns:
         The evaluation with that part of it.
     """
-    prompts, report = read_prompts(source, setup.world, setup.on_bad_row)
+    prompts, report = read_prompts(source, setup.on_bad_row)
     policy = setup.policy(model, reference)
     prompts = fitting(prompts, policy, setup.template, report)
     tokenizer = policy.tokenizer

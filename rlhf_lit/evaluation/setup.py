@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from rlhf_lit import playground
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.data.chat import Template
 from rlhf_lit.data.records import OnBadRow
@@ -27,7 +26,6 @@ class Setup:
         sampling: length and temperature.
         template: how conversations become text.
         on_bad_row: what a bad row leads to.
-        world: the built-in world.
         dtype: of the weights.
         micro_batch_tokens: padded tokens that go through the device at once.
         device: where models work.
@@ -38,7 +36,6 @@ class Setup:
     sampling: Sampling
     template: Template
     on_bad_row: OnBadRow
-    world: playground.World
     dtype: Dtype
     micro_batch_tokens: int
     device: torch.device

@@ -13,25 +13,9 @@ from torch import Tensor, nn
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
-from rlhf_lit.algorithms.ppo import PPO
-from rlhf_lit.batches import (
-    PreferenceBatch,
-    PromptBatch,
-    RankedBatch,
-    Record,
-    Sequences,
-    SupervisedBatch,
-    UnpairedBatch,
-)
+from rlhf_lit.batches import Batch, PromptBatch, Record, Sequences
 from rlhf_lit.batches.micro_batches import SCORING_BUDGET
-from rlhf_lit.data.modules import (
-    PreferenceDataModule,
-    RankingDataModule,
-    RolloutDataModule,
-    SFTDataModule,
-    TextDataModule,
-    UnpairedDataModule,
-)
+from rlhf_lit.data.modules import RolloutDataModule, TextDataModule
 from rlhf_lit.errors import UserError
 from rlhf_lit.memory.measurement import Measurement
 from rlhf_lit.models.anatomy import context_length, unwrapped
@@ -69,11 +53,9 @@ def worst_shapes(length: int, sides: int, budget: int, rows: int) -> list[Shape]
     return [longest, Shape(min(second.rows, rows - longest.rows), second.length)]
 
 
-def _sequences(lengths: list[int], vocabulary: int, seed: int = 0) -> Sequences:
+def _answer(length: int, vocabulary: int, generator: torch.Generator) -> tuple[list[int], list[bool]]:
     """Random tokens, every one but the first supervised."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
-    return Sequences.pad(tokens, [[False] + [True] * (length - 1) for length in lengths])
+    return torch.randint(vocabulary, (length,), generator=generator).tolist(), [False] + [True] * (length - 1)
 
 
 class WorstCase(LightningDataModule):
@@ -86,13 +68,12 @@ class WorstCase(LightningDataModule):
         measurement: is told when a rollout samples and when it scores.
 
     Raises:
-        UserError: a data module or an algorithm of a kind that is not known here.
+        UserError: one of the two is on-policy, and the other is not.
     """
 
     def __init__(self, module: Algorithm, data: TextDataModule, budget: int, measurement: Measurement) -> None:
         super().__init__()
-        kinds = (SFTDataModule, PreferenceDataModule, RankingDataModule, UnpairedDataModule, RolloutDataModule)
-        if not isinstance(data, kinds) or isinstance(data, RolloutDataModule) != isinstance(module, OnPolicy):
+        if isinstance(data, RolloutDataModule) != isinstance(module, OnPolicy):
             raise UserError(f"data: memory does not know what {type(module).__name__} makes of {type(data).__name__}")
         self.module = module
         self.data = data
@@ -107,9 +88,7 @@ class WorstCase(LightningDataModule):
     @property
     def sides(self) -> int:
         """Sequences of one row."""
-        if isinstance(self.data, RankingDataModule):
-            return self.data.max_answers
-        return 2 if isinstance(self.data, PreferenceDataModule) else 1
+        return self.data.answers_per_row
 
     @property
     def longest(self) -> int:
@@ -151,26 +130,22 @@ class WorstCase(LightningDataModule):
         """What a reward model is centred on."""
         yield self.batch(0)
 
-    def batch(self, step: int) -> Record:
+    def batch(self, step: int) -> Batch:
         """What one optimizer step sees; made by a rollout where the algorithm learns from its own samples."""
         shapes = worst_shapes(self.longest, self.sides, self.budget, self.data.batch_size)
         if isinstance(self.module, OnPolicy):
             return self._experience(self.module, shapes, step)
-        answers = self.sides if isinstance(self.data, RankingDataModule) else 1
-        rows = _sequences([shape.length for shape in shapes for _ in range(shape.rows * answers)], self._vocabulary)
-        if isinstance(self.data, RankingDataModule):
-            lists = sum(shape.rows for shape in shapes)
-            rank = torch.arange(answers).repeat(lists)
-            return RankedBatch(rows, torch.full((lists,), answers), rank, torch.zeros(len(rows)), self.budget)
-        if isinstance(self.data, PreferenceDataModule):
-            # Sides that begin differently: no prompt to share, which is the most that a pair may need.
-            others = _sequences(rows.lengths.tolist(), self._vocabulary, seed=1)
-            return PreferenceBatch(rows, others, torch.zeros(len(rows)), self.budget)
-        if isinstance(self.data, UnpairedDataModule):
-            return UnpairedBatch(rows, rows, torch.ones(len(rows), dtype=torch.bool), self.budget)
-        return SupervisedBatch(rows, self.budget)
+        generator = torch.Generator().manual_seed(0)
+        # Answers that begin differently: no prompt to share, which is the most that a row may need.
+        rows = [
+            self.data.row_of([_answer(shape.length, self._vocabulary, generator) for _ in range(self.sides)])
+            for shape in shapes
+            for _ in range(shape.rows)
+        ]
+        batch: Any = self.data.collate(rows)
+        return replace(batch, micro_batch_tokens=self.budget)
 
-    def _experience(self, module: OnPolicy, shapes: list[Shape], step: int) -> Record:
+    def _experience(self, module: OnPolicy, shapes: list[Shape], step: int) -> Batch:
         """A rollout of enough rows to fill a sampling batch, a scoring pass and the update's micro-batches."""
         room = module.sampling.max_new_tokens
         if self.longest <= room:
@@ -180,7 +155,9 @@ class WorstCase(LightningDataModule):
         others = [shape for shape in shapes[1:] if shape.length > room]
         lengths = [self.longest] * full + [shape.length for shape in others for _ in range(shape.rows)]
         lengths += [self.longest] * (-len(lengths) % self.samples_per_prompt)
-        prompts = _sequences([length - room for length in lengths], self._vocabulary)
+        generator = torch.Generator().manual_seed(0)
+        answers = [_answer(length - room, self._vocabulary, generator) for length in lengths]
+        prompts = Sequences.pad([tokens for tokens, _ in answers], [mask for _, mask in answers])
         numbers = torch.arange(len(lengths))
         index, sample = numbers // self.samples_per_prompt, numbers % self.samples_per_prompt
         nothing: tuple[dict[str, Any], ...] = ({},) * len(lengths)
@@ -209,8 +186,9 @@ class _Steps:
 def prepare(module: Algorithm, measurement: Measurement) -> None:
     """Make every response as long as it may be, the critic's warm-up over, a reference computed beforehand gone,
     and functions score without their data."""
-    if isinstance(module, PPO):
-        module.critic = replace(module.critic, warmup=0)
+    with_critic: Any = module
+    if hasattr(module, "critic"):
+        with_critic.critic = replace(with_critic.critic, warmup=0)
     if isinstance(module, OfflineAlgorithm) and module.reference.precompute:
         module.reference, module.compares = replace(module.reference, precompute=False, complete=False), False
     if not isinstance(module, OnPolicy):

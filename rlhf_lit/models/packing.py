@@ -267,4 +267,3 @@ def register() -> None:
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register("sdpa", torch.compiler.disable(attention, reason="segments differ from batch to batch"))
-

@@ -7,9 +7,10 @@ brief, and whether what should be declined is declined (and nothing else).
 
 from rlhf_lit.playground.reward import gold_reward, is_right
 from rlhf_lit.playground.tokenizer import train_tokenizer, write_model_folder
-from rlhf_lit.playground.world import World, demonstrations, preference_pairs, prompts, ranked_lists
+from rlhf_lit.playground.world import Wanted, World, demonstrations, preference_pairs, prompts, ranked_lists, rows
 
 __all__ = [
+    "Wanted",
     "World",
     "demonstrations",
     "gold_reward",
@@ -17,6 +18,7 @@ __all__ = [
     "preference_pairs",
     "prompts",
     "ranked_lists",
+    "rows",
     "train_tokenizer",
     "write_model_folder",
 ]

@@ -15,6 +15,7 @@ from rlhf_lit.playground.grammar import KINDS, REFUSAL, Task, table
 from rlhf_lit.playground.reward import gold_reward
 
 Split = Literal["train", "held_out"]
+Wanted = Literal["demonstrations", "prompts", "pairs", "ranked answers"]
 
 HELD_OUT_SHARE = 1 / 3
 WORDY = (
@@ -131,7 +132,7 @@ def demonstrations(world: World) -> list[dict[str, str]]:
     ]
 
 
-def prompts(world: World, split: Split) -> list[dict[str, str]]:
+def prompts(world: World, split: str) -> list[dict[str, str]]:
     """Instructions without answers, the kinds of task in equal parts.
 
     Returns:
@@ -139,8 +140,35 @@ def prompts(world: World, split: Split) -> list[dict[str, str]]:
     """
     if split not in ("train", "held_out"):
         raise UserError(f"the built-in world has the splits train and held_out, not {split!r}")
-    count = world.prompts if split == "train" else world.held_out
-    return [{"prompt": task.prompt, "kind": task.kind} for task in _draw(world, split, count, f"prompts/{split}")]
+    part: Split = "train" if split == "train" else "held_out"
+    count = world.prompts if part == "train" else world.held_out
+    return [{"prompt": task.prompt, "kind": task.kind} for task in _draw(world, part, count, f"prompts/{part}")]
+
+
+def rows(world: World, wanted: Wanted, split: str) -> list[dict[str, str]]:
+    """Rows of the world, as a data module asks for them.
+
+    Raises:
+        UserError: a split that the world does not have, or what exists only once there is a policy.
+    """
+    if wanted == "demonstrations":
+        if split != "train":
+            raise UserError(
+                f"data: the built-in world has demonstrations in the split train alone, not {split!r}: "
+                "hold some of them out with data.validation_fraction"
+            )
+        return demonstrations(world)
+    if wanted == "prompts":
+        return prompts(world, split)
+    if wanted == "pairs":
+        raise UserError(
+            "data: the built-in world's pairs are drawn from a policy's own samples: "
+            "make a file with `python -m rlhf_lit playground --model RUN --to FILE` and name it here"
+        )
+    raise UserError(
+        "data: the built-in world's ranked answers are a policy's own samples: make a file with "
+        "`python -m rlhf_lit playground --model RUN --ranked true --to FILE` and name it here"
+    )
 
 
 def ranked_lists(prompts: Sequence[str], samples: Sequence[Sequence[str]], world: World) -> list[dict[str, Any]]:

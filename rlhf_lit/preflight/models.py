@@ -14,12 +14,12 @@ from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
-from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch, UnpairedBatch
+from rlhf_lit.batches import Batch, Sequences
 from rlhf_lit.batches.micro_batches import cut_by_tokens
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.anatomy import context_length, unwrapped
 from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.models.packing import layout_of
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.score_pass import Comparison
 from rlhf_lit.parallel.sharding import assign, gathered
@@ -132,10 +132,11 @@ def scores_of(module: RewardModel) -> Measure:
     return lambda sequences: list(module.scores(sequences).split(1))
 
 
-def starting_loss(module: SFT, batch: SupervisedBatch) -> Check:
+def starting_loss(module: Algorithm, batch: Batch) -> Check:
     """Finite; far above ln(vocabulary), a uniform guess's, weights and tokenizer hardly belong together."""
     loss = _loss(module, batch)
-    uniform = math.log(unwrapped(module.roles.policy).config.get_text_config().vocab_size)
+    policy: nn.Module = module.roles.policy  # type: ignore[union-attr, assignment]
+    uniform = math.log(unwrapped(policy).config.get_text_config().vocab_size)
     found = f"{loss:.4g} nats per token, a uniform guess {uniform:.4g}"
     if not math.isfinite(loss):
         return Check("starting loss", "failed", found, "the weights are broken, or too wide for model.base.dtype")
@@ -144,7 +145,7 @@ def starting_loss(module: SFT, batch: SupervisedBatch) -> Check:
     return Check("starting loss", "ok", found)
 
 
-def preference_loss(module: OfflineAlgorithm, batch: PreferenceBatch | UnpairedBatch) -> Check:
+def preference_loss(module: OfflineAlgorithm, batch: Batch) -> Check:
     """The loss at the value it is known to have while policy = reference."""
     loss, known = _loss(module, batch), module.value_at_start(batch)
     name = type(module.loss).__name__
@@ -167,7 +168,7 @@ def preference_loss(module: OfflineAlgorithm, batch: PreferenceBatch | UnpairedB
 def _loss(module: Algorithm, batch: Any) -> float:
     denominators = module.denominators(batch)
     module.prepare(batch)
-    return sum(float(share.loss) for part in module.micro_batches(batch) for share in module.losses(part, denominators))
+    return sum(float(term.loss) for term in module.step_losses(batch, denominators))
 
 
 def no_distance(comparison: Comparison, mask: Tensor, limit: float) -> Check:
@@ -183,7 +184,7 @@ def no_distance(comparison: Comparison, mask: Tensor, limit: float) -> Check:
     )
 
 
-def same_as_cached(module: OfflineAlgorithm, batch: PreferenceBatch | UnpairedBatch) -> Check:
+def same_as_cached(module: OfflineAlgorithm, batch: Batch) -> Check:
     """The policy is, before the first step, the reference whose log-probs were computed beforehand."""
     worst, limit = 0.0, tolerance_of(module.roles).reshaped
 
@@ -196,7 +197,7 @@ def same_as_cached(module: OfflineAlgorithm, batch: PreferenceBatch | UnpairedBa
         worst = worse(worst, largest(distance))
         return logprobs
 
-    for part in module.micro_batches(batch):
+    for part in batch.micro_batches(layout_of(module)):
         module.with_reference(part, compare)
     return judge(
         "KL = 0",

@@ -70,12 +70,12 @@ def evaluate_missing(runs: Sequence[Run], asked: Asked) -> str:
     writers = [run for run in runs if run.algorithm in WRITERS]
     if not writers:
         raise UserError("--evaluate: none of these runs writes responses: reward models are judged by val/accuracy")
-    world, prompts, gold = _world_of(writers, asked)
+    prompts, gold = _prompts_and_gold(writers, asked)
     sampling = asked.sampling or _shared_sampling(writers)
     sources = {name: source for name, source in (("judge", asked.judge), ("gold", gold)) if source is not None}
     settings = {"seed": asked.seed, "samples": asked.samples, "sampling": asdict(sampling), "template": asked.template}
     judges = {name: in_words(source) for name, source in sources.items()}
-    _, rows = read_prompts(prompts, world, asked.on_bad_row)
+    _, rows = read_prompts(prompts, asked.on_bad_row)
     kind = kind_of(settings, judges, rows.file, rows.total)
     left = [run for run in writers if not _has(run, kind, _reference(run, asked), asked)]
     for number, run in enumerate(left, 1):
@@ -93,7 +93,6 @@ def evaluate_missing(runs: Sequence[Run], asked: Asked) -> str:
             sampling=sampling,
             template=asked.template,
             on_bad_row=asked.on_bad_row,
-            world=world,
             micro_batch_tokens=asked.micro_batch_tokens,
             seed=asked.seed,
             to=str(run_folders.new_run(run.folder, FOLDER)),
@@ -133,8 +132,8 @@ def _shared_sampling(runs: Sequence[Run]) -> Sampling:
     return Sampling(**{**asdict(found[0]), "rows_at_once": max(run.model["sampling"]["rows_at_once"] for run in runs)})
 
 
-def _world_of(runs: Sequence[Run], asked: Asked) -> tuple[playground.World, Source, RewardSource | None]:
-    """The built-in world, the prompts, and the gold judge.
+def _prompts_and_gold(runs: Sequence[Run], asked: Asked) -> tuple[Source, RewardSource | None]:
+    """The prompts, where none are named the held-out ones of the runs' built-in world; and the gold judge.
 
     Raises:
         UserError: no prompts or no judge for runs that were not trained in the built-in world.
@@ -153,7 +152,8 @@ def _world_of(runs: Sequence[Run], asked: Asked) -> tuple[playground.World, Sour
     gold = asked.gold
     if gold is None and asked.judge is None:
         gold = RewardFromFunction(playground.gold_reward)
-    return at_home or playground.World(), asked.prompts or Source(PLAYGROUND, split="held_out"), gold
+    world = at_home or playground.World()
+    return asked.prompts or Source(PLAYGROUND, split="held_out", world=world), gold
 
 
 def world_of(config: dict[str, Any]) -> playground.World | None:
@@ -163,8 +163,10 @@ def world_of(config: dict[str, Any]) -> playground.World | None:
     """
     for _ in range(DEEPEST):
         data = config["data"].get("init_args") or {}
-        if (data.get("train") or {}).get("path") == PLAYGROUND:
-            return playground.World(**data["world"])
+        train = data.get("train") or {}
+        if train.get("path") == PLAYGROUND:
+            # Runs made while the world was a setting of the data module have it there.
+            return playground.World(**(train.get("world") or data.get("world") or {}))
         before = _began_from(config)
         if before is None:
             return None

@@ -148,9 +148,7 @@ def critic_values(roles: Roles, sequences: Sequences, budget: int) -> Tensor:
         rows = rows.to(values.device)
         part = sequences.part(rows)
         with roles.acting("value") as model:
-            from rlhf_lit.models.packing import response_states
-
-            found = token_values(model, roles.heads["value"], part, response_states(model, part))
+            found = token_values(model, roles.heads["value"], part)
         if counts:
             values[rows, : part.tokens.shape[1]] = found.to(values.dtype)
     return values

@@ -15,7 +15,7 @@ def test_the_last_step_is_followed_by_a_validation(command, tmp_path, monkeypatc
         "fit",
         f"--config={configs / 'sft' / 'quickstart.yaml'}",
         "--name=short",
-        "--data.world.demonstrations=60",
+        "--data.train.world.demonstrations=60",
         "--data.batch_size=8",
         "--trainer.max_steps=3",
     )
@@ -30,7 +30,7 @@ def test_a_profiler_reports(tmp_path):
     """As a process of its own, since Lightning's messages go to the stderr that it was imported with."""
     configs = Path(__file__).parents[2] / "configs"
     argv = [
-        "fit", f"--config={configs / 'sft' / 'quickstart.yaml'}", "--data.world.demonstrations=60",
+        "fit", f"--config={configs / 'sft' / 'quickstart.yaml'}", "--data.train.world.demonstrations=60",
         "--data.batch_size=8", "--trainer.max_steps=1", "--trainer.profiler=simple",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "rlhf_lit", *argv], cwd=tmp_path, capture_output=True, text=True)

@@ -30,7 +30,7 @@ FEW = {
     "model": {"init_args": {"base": {"name": "model", "fresh": False}, "learning_rate": 0.01}},
     "data": {"init_args": {"cache": None, "batch_size": 8}},
 }
-WORLD = ["--data.world.demonstrations=64", "--data.world.prompts=16", "--data.world.held_out=8"]
+WORLD = ["--data.train.world.demonstrations=64", "--data.train.world.prompts=16", "--data.train.world.held_out=8"]
 RUNS: dict[str, tuple[str, list[str], list[str]]] = {
     "sft": ("sft", ["lora"], []),
     "sft4": ("sft", ["qlora"], []),

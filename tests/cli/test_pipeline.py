@@ -35,6 +35,12 @@ def world(prefix: str) -> list[str]:
     return [f"--{prefix}world.{name}={size}" for name, size in WORLD.items()]
 
 
+def worlds(algorithm: str) -> list[str]:
+    """The same, for the rows of a config that are the world's."""
+    rows = ("train",) if algorithm == "sft" else ("train", "validation")
+    return [] if algorithm in ("reward", "dpo") else [option for name in rows for option in world(f"data.{name}.")]
+
+
 def command(*argv: object) -> tuple[str, str]:
     """A command that must end well: what it wrote to stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
@@ -168,7 +174,7 @@ MEASURED = {
 def test_validate_test_and_predict_mean_something(here: Path, algorithm: str) -> None:
     """On what the run has trained: its hf/ as the base."""
     common = [
-        "--config", CONFIGS / algorithm / "quickstart.yaml", "--config", "few.yaml", *world("data."),
+        "--config", CONFIGS / algorithm / "quickstart.yaml", "--config", "few.yaml", *worlds(algorithm),
         f"--model.base.name=runs/quickstart/{algorithm}", "--model.base.fresh=false", f"--name=after/{algorithm}",
         *TEST_ROWS[algorithm],
     ]  # fmt: skip
@@ -229,7 +235,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused(
     status = main(
         [
             *("validate", "--config", str(CONFIGS / algorithm / "quickstart.yaml"), "--config", "few.yaml"),
-            *(*world("data."), "--name=refused", f"--ckpt_path={path}"),
+            *(*worlds(algorithm), "--name=refused", f"--ckpt_path={path}"),
         ]
     )
     torch.set_grad_enabled(True)
@@ -254,7 +260,7 @@ def adapters(request: pytest.FixtureRequest, place: Path) -> tuple[str, Path, di
                 extra = ["--model.base.fresh=false"]
             command(
                 "fit", "--config", CONFIGS / algorithm / "quickstart.yaml", "--config", "few.yaml",
-                "--config", OVERLAYS / f"{kind}.yaml", *world("data."),
+                "--config", OVERLAYS / f"{kind}.yaml", *worlds(algorithm),
                 "--model.base.name=runs/quickstart/sft", "--model.base.lora.rank=4", "--trainer.max_steps=2",
                 f"--name={name}", *extra,
             )  # fmt: skip
@@ -335,7 +341,7 @@ def test_every_shipped_config_prints_with_every_overlay(
 def test_the_debug_overlay_tries_a_quickstart_config_out(here: Path, algorithm: str) -> None:
     command(
         "fit", "--config", CONFIGS / algorithm / "quickstart.yaml", "--config", OVERLAYS / "debug.yaml",
-        *world("data."), f"--name=debug/{algorithm}",
+        *worlds(algorithm), f"--name=debug/{algorithm}",
     )  # fmt: skip
     folder = here / "runs" / "debug" / algorithm / "version_0"
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2

@@ -48,8 +48,8 @@ def config(model: str) -> dict[str, Any]:
         "data": {
             "class_path": "RolloutDataModule",
             "init_args": {
-                "train": {"path": "playground"}, "validation": {"path": "playground", "split": "held_out"},
-                "world": {"demonstrations": 96, "prompts": 12, "held_out": 4},
+                "train": {"path": "playground", "world": {"prompts": 12}},
+                "validation": {"path": "playground", "split": "held_out", "world": {"held_out": 4}},
                 "rollout_size": 4, "samples_per_prompt": 2, "batch_size": 4, "ppo_epochs": 2, "cache": None,
             },
         },

@@ -166,7 +166,7 @@ def train(module: PPO, folder: Path, rollouts: int) -> None:
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     data = RolloutDataModule(
-        Source(path=str(file)),
+        train=Source(path=str(file)),
         rollout_size=len(PROMPTS),
         samples_per_prompt=EPISODES // len(PROMPTS),
         batch_size=EPISODES // 3,

@@ -55,8 +55,8 @@ def on_policy(algorithm: str, base: dict[str, Any], critic: dict[str, Any] | Non
         "data": {
             "class_path": "RolloutDataModule",
             "init_args": {
-                "train": {"path": "playground"}, "validation": {"path": "playground", "split": "held_out"},
-                "world": {"demonstrations": 96, "prompts": 12, "held_out": 5},
+                "train": {"path": "playground", "world": {"prompts": 12}},
+                "validation": {"path": "playground", "split": "held_out", "world": {"held_out": 5}},
                 "rollout_size": 4, "samples_per_prompt": 2, "batch_size": 4, "ppo_epochs": 2, "cache": None,
             },
         },
@@ -83,8 +83,7 @@ def write(folder: Path, name: str, model: Path) -> None:
             "data": {
                 "class_path": "SFTDataModule",
                 "init_args": {
-                    "train": {"path": "playground"}, "validation_fraction": 0.1,
-                    "world": {"demonstrations": 96, "prompts": 48, "held_out": 8},
+                    "train": {"path": "playground", "world": {"demonstrations": 96}}, "validation_fraction": 0.1,
                     "batch_size": 7, "micro_batch_tokens": 100, "cache": None,
                 },
             },

@@ -28,14 +28,16 @@ from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, Preferenc
 from rlhf_lit.models.loading import PLAYGROUND, Base, LoRA, load_tokenizer
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.playground import World
-from rlhf_lit.preflight.callback import ANSWER_TOKENS, Preflight, checks, merged
+from rlhf_lit.preflight.callback import Preflight, merged
 from rlhf_lit.preflight.check import Check, show
+from rlhf_lit.preflight.checks import ANSWER_TOKENS, checks
 from rlhf_lit.preflight.tokens import one_bos
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel
 
 WORLD = World(demonstrations=40, prompts=40)
-SETTINGS: dict[str, Any] = {"batch_size": 8, "world": WORLD, "cache": None, "max_length": 96}
+IN_WORLD = Source("playground", world=WORLD)
+SETTINGS: dict[str, Any] = {"batch_size": 8, "cache": None, "max_length": 96}
 ADAPTER = LoRA(rank=4)
 
 
@@ -73,7 +75,7 @@ def words(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) 
 
 
 def sft(place: Place, lora: LoRA | None = None) -> tuple[Algorithm, TextDataModule]:
-    return SFT(Base(place.model, lora=lora)), SFTDataModule(Source("playground"), **SETTINGS)
+    return SFT(Base(place.model, lora=lora)), SFTDataModule(IN_WORLD, **SETTINGS)
 
 
 def reward_model(place: Place, lora: LoRA | None = None) -> tuple[Algorithm, TextDataModule]:
@@ -95,7 +97,7 @@ def ppo(place: Place, lora: LoRA | None = None, reward: Any = words) -> tuple[Al
         Sampling(max_new_tokens=12),
         critic=Critic(init="policy"),
     )
-    return module, RolloutDataModule(Source("playground"), rollout_size=8, **SETTINGS)
+    return module, RolloutDataModule(train=IN_WORLD, rollout_size=8, **SETTINGS)
 
 
 def ppo_from_reward(place: Place, lora: LoRA | None = None) -> tuple[Algorithm, TextDataModule]:
@@ -104,13 +106,13 @@ def ppo_from_reward(place: Place, lora: LoRA | None = None) -> tuple[Algorithm, 
 
 def rloo(place: Place, lora: LoRA | None = None) -> tuple[Algorithm, TextDataModule]:
     module = RLOO(Base(place.model, lora=lora), RewardFromFunction(words), FixedKL(0.1), Sampling(max_new_tokens=12))
-    return module, RolloutDataModule(Source("playground"), rollout_size=8, samples_per_prompt=2, **SETTINGS)
+    return module, RolloutDataModule(train=IN_WORLD, rollout_size=8, samples_per_prompt=2, **SETTINGS)
 
 
 def grpo(place: Place, lora: LoRA | None = None) -> tuple[Algorithm, TextDataModule]:
     kl = FixedKL(0.1, estimator="k3", placement="loss")
     module = GRPO(Base(place.model, lora=lora), RewardFromFunction(words), kl, Sampling(max_new_tokens=12))
-    return module, RolloutDataModule(Source("playground"), rollout_size=8, samples_per_prompt=2, **SETTINGS)
+    return module, RolloutDataModule(train=IN_WORLD, rollout_size=8, samples_per_prompt=2, **SETTINGS)
 
 
 Run = Callable[..., tuple[Algorithm, TextDataModule]]
@@ -300,7 +302,7 @@ class Unsupervised(SFTDataModule):
     ],
 )
 def test_faults_in_tokens(kind: type[SFTDataModule], name: str, line: str, place: Place) -> None:
-    every = found(*ready(SFT(Base(place.model)), kind(Source("playground"), **SETTINGS)))
+    every = found(*ready(SFT(Base(place.model)), kind(IN_WORLD, **SETTINGS)))
     assert caught(every) == {name}
     assert line in every[name].found
     assert "padding" not in every, "the models have nothing to say about such rows"
@@ -706,7 +708,7 @@ def test_the_worst_verdict_of_the_ranks_counts() -> None:
 
 def test_ranks_look_at_rows_of_their_own(place: Place) -> None:
     """Row 7 alone has nothing to learn; each of two ranks sees every second row, until they come round."""
-    module, data = ready(SFT(Base(place.model)), Unsupervised(Source("playground"), **SETTINGS))
+    module, data = ready(SFT(Base(place.model)), Unsupervised(IN_WORLD, **SETTINGS))
     place_of_7 = [row["row"] for row in data.examples["train"]].index(7)
     data.examples["train"] = data.examples["train"] * 4  # 160 rows, 64 of which a rank looks at
     seven = [i for i in range(160) if i % 40 == place_of_7]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 STEPS = 3
 FRESH = ["--model.base.name=playground", "--model.base.fresh=true"]
 PLAYGROUND = ["--data.train.path=playground",
-              "--data.world.demonstrations=64", "--data.world.prompts=16", "--data.world.held_out=4",
+              "--data.train.world.demonstrations=64", "--data.train.world.prompts=16", "--data.train.world.held_out=4",
               "--data.cache=null", "--data.batch_size=8", "--model.sampling.max_new_tokens=8"]  # fmt: skip
 ALGORITHMS = {
     "SFT": ["--model=SFT", "--data=SFTDataModule"],

@@ -261,7 +261,7 @@ def fit(module: OnPolicy, folder: Path, steps: int) -> list[tuple[int, float]]:
     source = Source(str(folder / "prompts.txt"))
     trainer.fit(
         module,
-        RolloutDataModule(source, rollout_size=4, batch_size=4, ppo_epochs=3, template="none", cache=None),
+        RolloutDataModule(train=source, rollout_size=4, batch_size=4, ppo_epochs=3, template="none", cache=None),
     )
     return taken
 

@@ -227,10 +227,12 @@ def test_a_file_of_its_own(file) -> None:
 
 
 def test_the_built_in_worlds_splits_are_disjoint() -> None:
+    small = World(prompts=64, held_out=16)
     module = ready(
         RolloutDataModule(
-            Source("playground"), Source("playground", split="held_out"),
-            world=World(prompts=64, held_out=16), rollout_size=16, batch_size=16, cache=None,
+            train=Source("playground", world=small),
+            validation=Source("playground", split="held_out", world=small),
+            rollout_size=16, batch_size=16, cache=None,
         )
     )  # fmt: skip
     texts = [{row["text"] for row in module.examples[name]} for name in ("train", "validation")]
@@ -262,7 +264,7 @@ def test_the_rows_to_train_on_must_be_named() -> None:
 
 def test_a_minibatch_must_divide_the_rollout() -> None:
     with pytest.raises(UserError, match=r"data.batch_size: 24 does not divide the 64 episodes"):
-        RolloutDataModule(Source("rows.jsonl"), rollout_size=32, samples_per_prompt=2, batch_size=24)
+        RolloutDataModule(train=Source("rows.jsonl"), rollout_size=32, samples_per_prompt=2, batch_size=24)
 
 
 # --- the length of a PPO run -----------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ def test_a_minibatch_must_divide_the_rollout() -> None:
 def rollouts(source: Source, trainer: Trainer, episodes: int | None) -> RolloutDataModule:
     """Two prompts answered three times each: six episodes a rollout, in 2 passes of 3 steps."""
     module = RolloutDataModule(
-        source, rollout_size=2, samples_per_prompt=3, batch_size=2, ppo_epochs=2, episodes=episodes, cache=None
+        train=source, rollout_size=2, samples_per_prompt=3, batch_size=2, ppo_epochs=2, episodes=episodes, cache=None
     )
     module.trainer = trainer
     trainer.strategy._lightning_module = SimpleNamespace(tokenizer=tokenizer())  # type: ignore[assignment]

@@ -177,7 +177,7 @@ def test_no_token_is_cut_in_which_answers_differ() -> None:
 def module(tmp_path: Path) -> Callable[..., RankingDataModule]:
     def make(rows: list[Any], algorithm: Any = None, **options: Any) -> RankingDataModule:
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        data = RankingDataModule(Source(str(tmp_path / "rows.jsonl")), cache=None, **options)
+        data = RankingDataModule(train=Source(str(tmp_path / "rows.jsonl")), cache=None, **options)
         own = algorithm or SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(PLAYGROUND))
         data.trainer = SimpleNamespace(lightning_module=own, global_rank=0, world_size=1)  # type: ignore[assignment]
         data.setup("fit")

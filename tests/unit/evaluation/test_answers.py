@@ -35,16 +35,16 @@ def answers() -> Answers:
 
 def test_a_prompt_counts_once(tmp_path: Path) -> None:
     source = write(tmp_path, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}, {"prompt": None}])
-    found, report = read_prompts(source, playground.World(), "skip")
+    found, report = read_prompts(source, "skip")
     assert [prompt.row for prompt in found] == [0, 1]
     assert report.summary() == "rows.jsonl: 2 of 4 rows used; skipped 1 null prompt (row 3), 1 repeated prompt (row 2)"
 
 
 def test_the_built_in_worlds_prompts() -> None:
-    found, report = read_prompts(Source("playground", split="held_out"), playground.World(held_out=20), "skip")
+    found, report = read_prompts(Source("playground", split="held_out", world=playground.World(held_out=20)), "skip")
     assert (len(found), report.used) == (20, 20)
     with pytest.raises(UserError, match="splits train and held_out"):
-        read_prompts(Source("playground", split="test"), playground.World(), "skip")
+        read_prompts(Source("playground", split="test"), "skip")
 
 
 def test_responses_are_found_by_their_prompts(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_responses_are_found_by_their_prompts(tmp_path: Path) -> None:
         {"prompt": turns, "completion": "w6"},
     ]
     source, chat = write(tmp_path, rows), ChatFormat(tiny.make_tokenizer(), "plain")
-    found, _ = read_prompts(write(tmp_path, rows), playground.World(), "skip")
+    found, _ = read_prompts(write(tmp_path, rows), "skip")
     texts = [prompt_text(chat, prompt.prompt) for prompt in found]
     assert texts[2] == "w3"
     assert texts[1].startswith("User: w3")

@@ -180,7 +180,7 @@ def fit(module: Any, folder: Path) -> list[dict[str, float]]:
         enable_model_summary=False, callbacks=[Note()], default_root_dir=folder,
     )  # fmt: skip
     data = RolloutDataModule(
-        Source(str(folder / "prompts.txt")), rollout_size=4, samples_per_prompt=2, batch_size=8, ppo_epochs=1,
+        train=Source(str(folder / "prompts.txt")), rollout_size=4, samples_per_prompt=2, batch_size=8, ppo_epochs=1,
         template="none", cache=None,
     )  # fmt: skip
     trainer.fit(module, data)

@@ -1,0 +1,131 @@
+"""The data module of on-policy training: prompts, answered by the running policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_lit.batches import ExperienceBatch, PromptBatch
+from rlhf_lit.data import records
+from rlhf_lit.data.records import RowReport, Source
+from rlhf_lit.data.text_module import TextDataModule
+from rlhf_lit.data.truncation import truncate_prompt
+from rlhf_lit.errors import UserError
+from rlhf_lit.rollout.loop import RolloutLoader
+
+# What Lightning makes of a max_epochs that nobody set.
+UNSET_EPOCHS = 1000
+
+
+class RolloutDataModule(TextDataModule):
+    """Prompts, answered by the running policy: PPO's data.
+
+    An epoch is one pass over the prompts. The length of a run is set by ``episodes`` (then leave `trainer.max_epochs`
+    alone) or by the trainer's own limits, in optimizer steps or passes.
+
+    Args:
+        rows: the other arguments of ``TextDataModule``, by name.
+        rollout_size: prompts answered per rollout, over all ranks.
+        samples_per_prompt: responses to each prompt of a rollout.
+        batch_size: responses per optimizer step, over all ranks.
+        ppo_epochs: passes over each rollout.
+        episodes: responses sampled over the whole run, rounded up to whole rollouts; null leaves the length to the
+            trainer.
+        max_length: longest prompt in tokens.
+    """
+
+    gives = ExperienceBatch
+
+    def __init__(
+        self,
+        *,
+        rollout_size: int = 128,
+        samples_per_prompt: int = 1,
+        batch_size: int = 64,
+        ppo_epochs: int = 4,
+        episodes: int | None = None,
+        max_length: int = 512,
+        **rows: Any,
+    ) -> None:
+        super().__init__(batch_size=batch_size, max_length=max_length, **rows)
+        if rollout_size < 1 or samples_per_prompt < 1 or ppo_epochs < 1:
+            raise UserError("data.rollout_size, data.samples_per_prompt and data.ppo_epochs must be at least 1")
+        if rollout_size * samples_per_prompt % batch_size:
+            raise UserError(
+                f"data.batch_size: {batch_size} does not divide the {rollout_size * samples_per_prompt} episodes of a "
+                "rollout (rollout_size × samples_per_prompt)"
+            )
+        self.rollout_size = rollout_size
+        self.samples_per_prompt = samples_per_prompt
+        self.ppo_epochs = ppo_epochs
+        self.episodes = episodes
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.episodes is not None:
+            self._limit_steps(self.episodes)
+
+    def _limit_steps(self, episodes: int) -> None:
+        assert self.trainer is not None
+        steps = self._steps_for(episodes)
+        if self.trainer.max_steps > steps or self.trainer.max_epochs not in (None, -1, UNSET_EPOCHS):
+            raise UserError(
+                "data.episodes sets the length of the run: leave trainer.max_epochs at -1, and trainer.max_steps too "
+                f"(or below the {steps} steps of these episodes, for a trial)"
+            )
+        if self.trainer.max_steps == -1:
+            self.trainer.fit_loop.epoch_loop.max_steps = steps
+        self.trainer.fit_loop.max_epochs = -1  # unset is a thousand, which may be fewer
+
+    def _steps_for(self, episodes: int) -> int:
+        per_rollout = self.rollout_size * self.samples_per_prompt
+        return math.ceil(episodes / per_rollout) * self.ppo_epochs * (per_rollout // self.batch_size)
+
+    def read(self, source: Source) -> tuple[list[Any], RowReport]:
+        return records.prompts(records.rows_of(source, "prompts"), source, on_bad_row=self.on_bad_row)
+
+    def encode(self, record: records.Prompt) -> dict[str, Any] | str:
+        tokens = self.chat.prompt(record.prompt)
+        if not tokens:
+            return "empty prompt"
+        fitted = truncate_prompt(tokens, [False] * len(tokens), self.max_length, self.truncation, self._bos)
+        if fitted is None:
+            return "over-long"
+        return {"prompt": fitted[0], "text": self.prompt_text(record.prompt)}
+
+    def first_seen(self, rows: Sequence[dict[str, Any]], places: Sequence[int]) -> PromptBatch:
+        return self.prompt_batch([(row, place, 0) for row, place in zip(rows, places, strict=True)])
+
+    def train_dataloader(self) -> RolloutLoader:
+        return RolloutLoader(
+            self.examples["train"],
+            self.prompt_batch,
+            self._collect,
+            lambda: self._module().rollout_spent,
+            self.rollout_size,
+            self.samples_per_prompt,
+            self.batch_size,
+            self.ppo_epochs,
+            *self._rank(),
+        )
+
+    def _collect(self, prompts: PromptBatch, rollout: int) -> ExperienceBatch:
+        assert self.trainer is not None
+        module = self._module()
+        with self.trainer.precision_plugin.forward_context():
+            return module.rollout(prompts.to(module.device), rollout)
+
+    def _module(self) -> Any:
+        """The running algorithm: `data` knows none by name."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module
+
+    def val_dataloader(self) -> Any:
+        return self.prompt_loader("validation")
+
+    def test_dataloader(self) -> Any:
+        return self.prompt_loader("test")
+
+    def predict_dataloader(self) -> Any:
+        return self.prompt_loader("predict")
