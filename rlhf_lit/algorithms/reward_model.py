@@ -8,7 +8,6 @@ training a constant is added so that the preferred (reference) responses of the 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +15,13 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 from torchmetrics.regression import PearsonCorrCoef
 
 from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, StepLoss
 from rlhf_lit.batches import Comparisons, PreferenceBatch, RankedBatch, Sequences
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss, list_shares
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.flops import Pass
@@ -74,6 +72,7 @@ class RewardModel(Algorithm):
         **dict.fromkeys(("score_mean", "score_square"), "answers"),
     }
     learns_from = (PreferenceBatch, RankedBatch)
+    trains_scorer = True
     averaged_over = "prompts"
 
     def __init__(
@@ -243,7 +242,7 @@ class RewardModel(Algorithm):
         mean, spread = float(scores[torch.cat(reference)].mean()), float(scores.std(correction=0))
         if not torch.isfinite(scores).all() or (self.unit_variance and not spread > 0):
             what = "all the same" if torch.isfinite(scores).all() else "not finite"
-            _note(f"the scores of {len(scores)} responses are {what}: they were not normalised")
+            say(f"note: the scores of {len(scores)} responses are {what}: they were not normalised")
             return
         scale = 1 / spread if self.unit_variance else 1.0
         head = {name: gathered(parameter).clone() for name, parameter in self._head().items()}
@@ -298,8 +297,3 @@ class _AfterTraining(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RewardModel)
         pl_module.finish()
-
-
-@rank_zero_only
-def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)

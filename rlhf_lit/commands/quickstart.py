@@ -155,6 +155,6 @@ def main(argv: list[str]) -> int:
     )
     parser.add_class_arguments(playground.World, "world")
     arguments = parser.instantiate_classes(parser.parse_args(argv))
-    training.hush()
+    training.quiet_libraries()
     run(arguments.overlays, arguments.world)
     return 0

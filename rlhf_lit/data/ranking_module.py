@@ -11,9 +11,9 @@ from rlhf_lit.batches import RankedBatch, Sequences
 from rlhf_lit.data import records
 from rlhf_lit.data.chat import Template
 from rlhf_lit.data.records import OnBadRow, RowReport, Source
-from rlhf_lit.data.text_module import TextDataModule, say
+from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.data.truncation import Truncation, truncate_group
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 
 
 class RankingDataModule(TextDataModule):

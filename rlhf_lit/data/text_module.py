@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 import xxhash
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lit import playground
 from rlhf_lit.batches import (
@@ -36,7 +34,7 @@ from rlhf_lit.data.chat import ChatFormat, Template
 from rlhf_lit.data.loader import BatchLoader
 from rlhf_lit.data.records import OnBadRow, RowReport, Source
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.randomness import permutation
 
 # Part of the tokenisation cache's key: raise it when the same text would give other tokens.
@@ -358,11 +356,6 @@ class TextDataModule(LightningDataModule):
         """Prompts of a split, to be answered."""
         items = [(row, i, 0) for i, row in enumerate(self.examples.get(name) or []) if row["prompt"]]
         return self._batches(name, items, self.prompt_batch, shuffle=False)
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _content(record: Any) -> Any:

@@ -32,7 +32,6 @@ from rlhf_lit.algorithms import DPO, PPO, RewardModel
 from rlhf_lit.algorithms import on_policy as on_policy_file
 from rlhf_lit.algorithms import ppo as ppo_file
 from rlhf_lit.batches import PreferenceBatch, Sequences
-from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.advantages import generalised_advantages
 from rlhf_lit.losses.kl import Estimator, FixedKL, estimate_kl
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss, RobustDPOLoss
@@ -40,6 +39,7 @@ from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
+from rlhf_lit.models.saving import save_hf
 from rlhf_lit.models.score_pass import Comparison
 from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel
