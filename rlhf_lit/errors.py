@@ -1,11 +1,25 @@
-"""The one exception that means "the user can mend this": the command line prints it and exits with status 2."""
+"""Lines for the person at the terminal: ``UserError`` ends a command with one, ``say`` prints one."""
+
+from __future__ import annotations
+
+import sys
 
 
 class UserError(ValueError):
-    """Bad input, in one line: the file, row or key, what is wrong with it, and what to do."""
+    """Bad input, in one line: the file, row or key, what is wrong with it, and what to do.
+
+    The command line prints it and exits with status 2.
+    """
 
 
-def say(line: str) -> None:
-    import sys
+def say(line: str, every_rank: bool = False) -> None:
+    """Print a line on standard error at once, once for all ranks.
 
-    print(line, file=sys.stderr)
+    Args:
+        line: as it is to stand there, with ``note:`` or ``warning:`` before it where it is one.
+        every_rank: print it on this rank, whichever it is.
+    """
+    # Lightning knows the rank as soon as it is imported; a process without it is the only one.
+    ranks = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    if every_rank or ranks is None or not ranks.rank_zero_only.rank:
+        print(line, file=sys.stderr, flush=True)

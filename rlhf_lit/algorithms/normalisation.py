@@ -6,14 +6,13 @@ bit as one that was not interrupted, and an evaluation of the checkpoint gives t
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from rlhf_lit.errors import say
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.heads import reward_bias
 from rlhf_lit.parallel.sharding import assign, gathered
@@ -55,7 +54,7 @@ def normalise(
     mean, spread = float(scores[preferred].mean()), float(scores.std(correction=0))
     if not torch.isfinite(scores).all() or (unit_variance and not spread > 0):
         what = "all the same" if torch.isfinite(scores).all() else "not finite"
-        _note(f"the scores of {len(scores)} responses are {what}: they were not normalised")
+        say(f"note: the scores of {len(scores)} responses are {what}: they were not normalised")
         return before
     scale = 1 / spread if unit_variance else 1.0
     head = {name: gathered(parameter).clone() for name, parameter in _head(module).items()}
@@ -103,8 +102,3 @@ def _put(module: nn.Module, head: dict[str, Tensor], bias: float) -> None:
     for name, parameter in _head(module).items():
         assign(parameter, head[name])
     unwrapped(module.scorer).config.reward_bias = bias  # type: ignore[arg-type]
-
-
-@rank_zero_only
-def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)

@@ -9,21 +9,19 @@ Left out: a reference from another model than the base.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule
 from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.batches import PromptBatch, Record, Sequences
 from rlhf_lit.batches.micro_batches import SCORING_BUDGET
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base, require_no_dropout
 from rlhf_lit.models.logprobs import token_logprobs
@@ -121,7 +119,7 @@ class OfflineAlgorithm(Writer, Algorithm):
         self.roles = Roles(self.base)
         if not self.compares:
             if self.reference.precompute:  # as for one loss of a sweep over several
-                _report("reference: none is read; nothing to compute beforehand")
+                say("reference: none is read; nothing to compute beforehand")
             return
         if not self.reference.precompute or self.trainer.state.fn == TrainerFn.PREDICTING:
             self.roles.add_reference(own=self.reference.update is not None)
@@ -134,7 +132,7 @@ class OfflineAlgorithm(Writer, Algorithm):
             self.cache.require(rows)
         # One decision for all ranks: they will compute what is missing together.
         if self.trainer.strategy.broadcast(not self.cache.missing(rows)):
-            _report(f"reference: all {len(rows)} responses are in {self.cache.folder}; no reference pass")
+            say(f"reference: all {len(rows)} responses are in {self.cache.folder}; no reference pass")
             self.roles.drop_reference()
         elif not self.roles.shared:
             self.roles.add_reference()
@@ -257,8 +255,3 @@ class OfflineAlgorithm(Writer, Algorithm):
         """A reference that moves is part of the run's state."""
         moving = self.roles.reference_pairs() if self.reference.update else ()
         return super().saved_names() | {f"roles.{name}" for name, _, _ in moving}
-
-
-@rank_zero_only
-def _report(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.commands.training import Parser, hush
+from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation.sampling import draw
 from rlhf_lit.models.loading import Base
@@ -62,6 +62,6 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="rlhf-lit chat", description=f"Talk to a model; {HELP}.")
     parser.add_function_arguments(converse, as_positional=True)
     arguments = parser.instantiate_classes(parser.parse_args(argv))
-    hush()
+    quiet_libraries()
     converse(**arguments.as_dict())
     return 0

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_lit.commands.training import Parser, hush
+from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.errors import UserError
 from rlhf_lit.export.card import model_card
 from rlhf_lit.export.comparison import COMPARED_TOKENS, Difference, compared_on, largest, plain_outputs, trained_outputs
-from rlhf_lit.export.saving import write_model
 from rlhf_lit.export.trained import Trained, first_line
-from rlhf_lit.files import short_path
+from rlhf_lit.files import atomic, short_path
 from rlhf_lit.models.anatomy import context_length
 from rlhf_lit.models.loading import Dtype, load_tokenizer
+from rlhf_lit.models.saving import write_model
 
 
 def export(
@@ -52,19 +50,16 @@ def export(
         _check_hub(push_to_hub)
     chosen = dtype or found.base.dtype
     holds = _words(found, merge, dequantize, chosen)
-    # Only a whole folder ever stands under its name: it is made beside it and renamed.
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True)
-        difference = _write_and_compare(found, partial, merge, dequantize, chosen)
-        title = push_to_hub or short_path(found.run or found.folder)
-        card = model_card(found, title, holds, merge or not found.adapter, difference)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.replace(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(target, shared=True) as partial:
+            partial.mkdir()
+            difference = _write_and_compare(found, partial, merge, dequantize, chosen)
+            title = push_to_hub or short_path(found.run or found.folder)
+            card = model_card(found, title, holds, merge or not found.adapter, difference)
+            (partial / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--to {target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     if push_to_hub is not None:
         _upload(target, push_to_hub)
     return f"{short_path(target)}: {holds}; {difference}"
@@ -177,6 +172,6 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="Run model code that comes with the weights.")
     arguments = parser.parse_args(argv)
-    hush()
+    quiet_libraries()
     print(export(**arguments.as_dict()))
     return 0

@@ -8,12 +8,12 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rlhf_lit.commands.parser_errors import Phase, out_of_memory
 from rlhf_lit.commands.training import RunCLI
 from rlhf_lit.commands.training import main as run_command
 from rlhf_lit.errors import UserError
 from rlhf_lit.memory.bench import Bench, Machine, OutOfMemory
 from rlhf_lit.memory.measurement import Measurement
+from rlhf_lit.memory.phases import Phase, out_of_memory
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rlhf_lit import playground
 from rlhf_lit.algorithms.sft import SFT
-from rlhf_lit.commands.training import Parser, hush
+from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.records import Message
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.sampling import draw
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     parser.add_function_arguments(write_pairs)
     arguments = parser.parse_args(argv)
     arguments = parser.instantiate_classes(arguments)
-    hush()
+    quiet_libraries()
     count = write_pairs(**arguments.as_dict())
     print(f"{count} {'ranked lists' if arguments.ranked else 'pairs'} in {arguments.to}")
     return 0

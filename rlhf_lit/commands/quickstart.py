@@ -156,6 +156,6 @@ def main(argv: list[str]) -> int:
     )
     parser.add_class_arguments(playground.World, "world")
     arguments = parser.instantiate_classes(parser.parse_args(argv))
-    training.hush()
+    training.quiet_libraries()
     run(arguments.overlays, arguments.world)
     return 0

@@ -10,8 +10,8 @@ from pathlib import Path
 from lightning import seed_everything
 
 import rlhf_lit.algorithms  # noqa: F401 - so that judges can be named by their class alone
-from rlhf_lit.commands.training import Parser, hush
-from rlhf_lit.errors import UserError
+from rlhf_lit.commands.training import Parser, quiet_libraries
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.files import short_path
 from rlhf_lit.report import folder as place
 from rlhf_lit.report.comparing import arms_of
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--evaluate", action="store_true", help="First evaluate the runs that lack it, as named below.")
     parser.add_class_arguments(Asked)
-    hush()
+    quiet_libraries()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # a judge in the user's folder
     given = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> int:
     given.pop("config")
     study = report(**options, asked=Asked(**given))
     for one in study.left_out:
-        print(f"left out: {one}", file=sys.stderr)
+        say(f"left out: {one}")
     few = sum(arm.seeds < 3 for arm in study.arms)
     parts = [f"{len(study.arms)} arms, {len(study.runs)} runs"]
     parts += [f"{few} arms with fewer than 3 seeds: no interval over seeds"] if few else []

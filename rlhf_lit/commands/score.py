@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.commands.training import Parser, hush
+from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.answered import Answered, Kind, Unusable, answered
 from rlhf_lit.data.chat import ChatFormat, Encoded
 from rlhf_lit.data.records import RowReport
 from rlhf_lit.data.sources import Source, read_rows
 from rlhf_lit.data.truncation import Truncation, truncate_group
 from rlhf_lit.errors import UserError
+from rlhf_lit.files import atomic
 from rlhf_lit.models.anatomy import context_length
 from rlhf_lit.models.loading import Base, Dtype, Quantization, load_scorer, load_tokenizer
 from rlhf_lit.rollout.rewards import score_sequences
@@ -263,14 +264,11 @@ def _write(text: str, target: Path | None) -> None:
     if target is None:
         sys.stdout.write(text)
         return
-    partial = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
+        with atomic(target) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        if partial.is_file():
-            partial.unlink()
         raise UserError(f"--to {target}: cannot be written: {error.strerror or error}") from error
 
 
@@ -281,7 +279,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_function_arguments(score, as_positional=True)
     arguments = parser.instantiate_classes(parser.parse_args(argv))
-    hush()
+    quiet_libraries()
     summary = score(**arguments.as_dict())
     to_stdout = arguments.to == "-"
     target = "" if to_stdout else f"; written to {_target(arguments.file, arguments.to)}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from rlhf_lit.commands.sweep_arms import resolve
 from rlhf_lit.commands.training import Parser
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.sweep.file import read
 from rlhf_lit.sweep.records import Call, Folder, read_arms
 from rlhf_lit.sweep.runner import Runner, begin, check_arms, plan
@@ -58,8 +58,8 @@ def sweep(
             _refuse_taken(folder)
             call = Call(content.method, seed or 0, count, content.metric)
         whole = plan(content, folder, call)
-        print(f"checking {len(whole.arms)} arms", file=sys.stderr)
-        resolved = check_arms(whole)
+        say(f"checking {len(whole.arms)} arms")
+        resolved = check_arms(whole, resolve)
         if dry_run:
             for arm in whole.arms:
                 if arm.status != "finished":

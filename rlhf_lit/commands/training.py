@@ -32,22 +32,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from rlhf_lit import runs
 from rlhf_lit.algorithms.algorithm import Algorithm
-from rlhf_lit.commands.parser_errors import (
-    check_keys,
-    condense,
-    is_out_of_memory,
-    out_of_memory,
-    phase_of,
-    read_configs,
-    read_options,
-)
+from rlhf_lit.commands.parser_errors import check_keys, condense, read_configs, read_options
 from rlhf_lit.commands.renamed import require_present_names
 from rlhf_lit.data.modules import TextDataModule
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.losses.advantages import AdvantageEstimator
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import PolicyLoss
 from rlhf_lit.losses.preference import PreferenceLoss
+from rlhf_lit.memory.phases import is_out_of_memory, out_of_memory, phase_of
 from rlhf_lit.parallel.faults import RANK_LOST, how_to_go_on, is_lost_connection
 from rlhf_lit.preflight.callback import Preflight
 from rlhf_lit.trainer import loggers, progress, strategies
@@ -181,7 +174,7 @@ class RunCLI(LightningCLI):
         """Refuse what can be told from the config alone, and find the checkpoint to start from."""
         config = self.config[self.subcommand]
         for note in check_keys(self.documents, config):
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}")
         _check_trainer(config.trainer)
         if config.name is None:
             config.name = config.model.class_path.rsplit(".", 1)[-1].lower()
@@ -246,8 +239,7 @@ class RunCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SIGTERMException as stop:  # it has no status of its own: a run that was ended would pass for a whole one
-            if self.trainer.is_global_zero:
-                print(f"terminated{self._way_on()}", file=sys.stderr)
+            say(f"terminated{self._way_on()}")
             raise SystemExit(128 + signal.SIGTERM) from stop
         except MisconfigurationException as error:
             raise UserError(_one_line(error)) from error
@@ -260,7 +252,7 @@ class RunCLI(LightningCLI):
 
             if is_lost_connection(error):
                 line = f"another rank ended or did not answer: {_one_line(error)}{self._way_on()}"
-                print(f"error: {line}", file=sys.stderr)
+                say(f"error: {line}", every_rank=True)
                 raise SystemExit(RANK_LOST) from error
             if is_out_of_memory(error):
                 raise UserError(out_of_memory(phase_of(error), self.config[subcommand])) from error
@@ -348,8 +340,8 @@ def _while_restoring(error: BaseException) -> bool:
     return any("checkpoint_connector" in module for module, _ in _frames(error))
 
 
-def hush() -> None:
-    """Lightning's banners and the warnings that do not apply to runs made here."""
+def quiet_libraries() -> None:
+    """Silence Lightning's banners, transformers' bars, and the warnings that do not apply to runs made here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a profiler's report is such a message
@@ -369,7 +361,7 @@ def main(argv: list[str], command: Callable[[list[str]], object] = RunCLI) -> in
         UserError: bad input, in one line.
         SystemExit: 2 from the parser (its line is printed), 0 after ``--help`` or ``--print_config``.
     """
-    hush()
+    quiet_libraries()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(
             os.getcwd()

@@ -10,9 +10,9 @@ import torch
 from rlhf_lit.batches import RankedBatch, Sequences
 from rlhf_lit.data import records
 from rlhf_lit.data.records import RowReport, Source
-from rlhf_lit.data.text_module import Answer, TextDataModule, say
+from rlhf_lit.data.text_module import Answer, TextDataModule
 from rlhf_lit.data.truncation import truncate_group
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 
 
 class RankingDataModule(TextDataModule):

@@ -7,14 +7,12 @@ to the machine: what goes through the device at once; it changes no result.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lit.batches import Batch, PromptBatch, Record, Sequences
 from rlhf_lit.data import records
@@ -24,7 +22,7 @@ from rlhf_lit.data.records import OnBadRow, RowReport, Source
 from rlhf_lit.data.sources import require_one_world
 from rlhf_lit.data.tokens import tokenise
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.randomness import permutation
 
 SHOWN_SAMPLES = 8
@@ -324,8 +322,3 @@ class TextDataModule(LightningDataModule):
         """Prompts of a split, to be answered."""
         items = [(row, i, 0) for i, row in enumerate(self.examples.get(name) or []) if row["prompt"]]
         return self._batches(name, items, self.prompt_batch, shuffle=False)
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    print(line, file=sys.stderr)

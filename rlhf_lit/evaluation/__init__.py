@@ -1,4 +1,4 @@
-"""What a trained model is worth: on its own (``python -m rlhf_lit evaluate``) and in the loop (``WinRate``)."""
+"""Evaluation of a trained model: on its own (``python -m rlhf_lit evaluate``) and in the loop (``WinRate``)."""
 
 from rlhf_lit.evaluation.callback import WinRate
 

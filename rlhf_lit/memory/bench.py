@@ -11,10 +11,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from rlhf_lit.algorithms.algorithm import Algorithm
-from rlhf_lit.commands.parser_errors import Phase, is_out_of_memory
 from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.memory.gauges import CudaBytes, Gauge, LiveBytes
 from rlhf_lit.memory.measurement import Measurement, Watch
+from rlhf_lit.memory.phases import Phase, is_out_of_memory
 from rlhf_lit.memory.worst_case import STEPS, WorstCase, prepare
 
 

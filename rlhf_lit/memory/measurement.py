@@ -1,4 +1,4 @@
-"""What is measured: the peak of each phase, and what stays from step to step."""
+"""Measurements of memory: the peak of each phase, and the bytes that stay from step to step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from rlhf_lit.commands.parser_errors import Phase
 from rlhf_lit.memory.gauges import Gauge, tensors_of
+from rlhf_lit.memory.phases import Phase
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Held:
 
     @classmethod
     def by(cls, module: nn.Module, optimizer: Optimizer) -> Held:
-        """What a module and its optimizer hold at this moment; memory that two tensors share counts once."""
+        """Count the bytes of a module and its optimizer; memory that two tensors share counts once."""
         seen: set[int] = set()
 
         def size(tensors: Iterable[Tensor]) -> int:

@@ -18,7 +18,9 @@ DESCRIPTION = "reference.json"
 LOCK = "building.lock"
 # Age in seconds at which an unfinished file has nobody any more who would finish it.
 ABANDONED = 3600.0
-_UNFINISHED = re.compile(r"([0-9a-f]{32}\.)?[0-9a-f]{32}\.partial")
+# What is written (a segment, a tokenised file, a description), and a name of the writer's own. Earlier versions left
+# the first part or its suffix out.
+_UNFINISHED = re.compile(r"([0-9a-f]{32}(\.arrow)?\.|reference\.json\.)?[0-9a-f]{32}\.partial")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from rlhf_lit.reference_cache import progress, segments
+from rlhf_lit.errors import say
+from rlhf_lit.reference_cache import segments
 from rlhf_lit.reference_cache.segments import NoSegment, Segment
 
 # Segments and their rows are numbered in one integer, segment · ROWS + row: a third less memory than two.
@@ -124,4 +125,4 @@ class Index:
 
     def _distrust(self, file: Path, stamp: _Stamp, reason: str) -> None:
         self._distrusted[file] = stamp
-        progress.say(f"warning: {file} is not used, and its rows are computed anew where they are needed: {reason}")
+        say(f"warning: {file} is not used, and its rows are computed anew where they are needed: {reason}")

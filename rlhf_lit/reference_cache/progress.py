@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-
-def say(line: str) -> None:
-    """A line for the user."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -6,18 +6,17 @@ that it belongs to its reference stands inside. It is mapped into memory, and it
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import xxhash
+
+from rlhf_lit.files import atomic
 
 NAME = re.compile(r"[0-9a-f]{32}\.arrow")
 KEY_BYTES = 16
@@ -73,20 +72,9 @@ def write(folder: Path, reference: str, keys: Sequence[bytes], logprobs: Sequenc
         writer.write_batch(pa.record_batch(columns, schema=schema))
     content = sink.getvalue()
     file = folder / f"{xxhash.xxh3_128_hexdigest(content)}.arrow"
-    write_whole(file, content)
+    with atomic(file, shared=True) as partial, partial.open("wb") as stream:
+        stream.write(content)
     return file
-
-
-def write_whole(file: Path, content: Any) -> None:
-    """A file that is there with all of its content or not at all, whatever else writes it at the same time."""
-    partial = file.with_name(f"{uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-        os.replace(partial, file)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
 
 
 def read(file: Path, reference: str) -> Segment:

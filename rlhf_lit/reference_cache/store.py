@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.batches.micro_batches import cut_by_tokens
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
+from rlhf_lit.files import atomic
 from rlhf_lit.reference_cache import catalogue, progress, segments
 from rlhf_lit.reference_cache.identity import ReferenceIdentity, in_words
 from rlhf_lit.reference_cache.index import Index, Key, key_of
@@ -176,7 +177,7 @@ class ReferenceCache:
         if rank == 0:
             self._mark_used()
             done = f"{len(mine)} rows computed" if mine else "every row found, none computed"
-            progress.say(f"reference log-probs: {done}; {len(self)} rows, {decimal(self.size)} in {self.folder}")
+            say(f"reference log-probs: {done}; {len(self)} rows, {decimal(self.size)} in {self.folder}")
         return len(mine)
 
     def _compute(
@@ -189,7 +190,7 @@ class ReferenceCache:
         shown: bool,
     ) -> None:
         if shown:
-            progress.say(f"reference log-probs: {len(chosen)} rows to compute under {self.identity.words}")
+            say(f"reference log-probs: {len(chosen)} rows to compute under {self.identity.words}")
         lengths = torch.tensor([len(rows[i][0]) for i in chosen])
         pending = Pending(self.folder, self.identity.digest)
         with progress.bar("reference log-probs", len(chosen)) if shown else nullcontext(lambda _: None) as advance:
@@ -233,7 +234,8 @@ class ReferenceCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not catalogue.description(self.folder):
-                segments.write_whole(self.folder / catalogue.DESCRIPTION, text.encode())
+                with atomic(self.folder / catalogue.DESCRIPTION, shared=True) as partial:
+                    partial.write_text(text, encoding="utf-8")
             for file in (*dead, *catalogue.abandoned(self.folder)):
                 file.unlink(missing_ok=True)
         except OSError as error:
@@ -250,7 +252,7 @@ class ReferenceCache:
                 break
             except Timeout:
                 if not told:
-                    progress.say(f"reference log-probs: waiting for another process that builds in {self.folder}")
+                    say(f"reference log-probs: waiting for another process that builds in {self.folder}")
                     told = True
                 self._index.refresh()
             except OSError:  # a file system without locks: two may compute the same, and write the same

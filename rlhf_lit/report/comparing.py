@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.report.kinds import Kind
 from rlhf_lit.report.reading import LeftOut, Run
 from rlhf_lit.sweep.records import label, short_keys
 
@@ -77,6 +78,11 @@ class Arm:
     def algorithm(self) -> str:
         """The class's name."""
         return self.runs[0].algorithm
+
+    @property
+    def kind(self) -> Kind:
+        """What the algorithm is."""
+        return self.runs[0].kind
 
     @property
     def seeds(self) -> int:

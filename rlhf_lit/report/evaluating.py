@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 from rlhf_lit import playground
 from rlhf_lit import runs as run_folders
-from rlhf_lit.commands.evaluate import evaluate, in_words
 from rlhf_lit.data.chat import Template
 from rlhf_lit.data.records import OnBadRow, Source
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.evaluation.answers import read_prompts
+from rlhf_lit.evaluation.evaluate import evaluate, in_words
 from rlhf_lit.models.loading import Base
 from rlhf_lit.report.evaluations import FOLDER, evaluations_of, kind_of
 from rlhf_lit.report.reading import Run
@@ -22,7 +21,6 @@ from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardSource
 from rlhf_lit.runs import PLAYGROUND, versions
 
-WRITERS = ("SFT", "DPO", "KTO", "PPO", "RLOO", "GRPO")
 DEEPEST = 8  # runs that began from one another
 
 
@@ -35,7 +33,7 @@ class Asked:
         gold: the truth beside it. In the built-in world its exact reward, where neither is named.
         prompts: what is to be answered; in the built-in world its held-out prompts.
         reference: what KL is measured to, and whose responses every run's are compared with; null is each run's own
-            `model.base` (of SFT none).
+            `model.base`, where its algorithm compares with that (SFT does not).
         samples: responses to each prompt.
         best_of: the n of best-of-n, each at most `samples`; needs a judge.
         sampling: of the responses; null is the runs' own, where they agree.
@@ -67,7 +65,7 @@ def evaluate_missing(runs: Sequence[Run], asked: Asked) -> str:
     Raises:
         UserError: nothing to evaluate on or by, or what `evaluate` refuses.
     """
-    writers = [run for run in runs if run.algorithm in WRITERS]
+    writers = [run for run in runs if run.kind.writes]
     if not writers:
         raise UserError("--evaluate: none of these runs writes responses: reward models are judged by val/accuracy")
     prompts, gold = _prompts_and_gold(writers, asked)
@@ -79,7 +77,7 @@ def evaluate_missing(runs: Sequence[Run], asked: Asked) -> str:
     kind = kind_of(settings, judges, rows.file, rows.total)
     left = [run for run in writers if not _has(run, kind, _reference(run, asked), asked)]
     for number, run in enumerate(left, 1):
-        print(f"evaluate {run.name} ({number} of {len(left)})", file=sys.stderr)
+        say(f"evaluate {run.name} ({number} of {len(left)})")
         reference = _reference(run, asked)
         evaluate(
             str(run.folder),
@@ -112,7 +110,7 @@ def _has(run: Run, kind: str, reference: str | None, asked: Asked) -> bool:
 
 def _reference(run: Run, asked: Asked) -> str | None:
     """What the run's KL is measured to."""
-    if asked.reference is not None or run.algorithm == "SFT":
+    if asked.reference is not None or not run.kind.has_reference:
         return asked.reference
     return str(run.model["base"]["name"])
 
@@ -121,8 +119,10 @@ def _shared_sampling(runs: Sequence[Run]) -> Sampling:
     """How the runs themselves sample.
 
     Raises:
-        UserError: not all alike.
+        UserError: not all alike, or one does not say.
     """
+    if silent := [run.name for run in runs if not run.model.get("sampling")]:
+        raise UserError(f"--sampling: {silent[0]} has no model.sampling in its configuration; say how all are to")
     found = [Sampling(**{**run.model["sampling"], "rows_at_once": Sampling.rows_at_once}) for run in runs]
     other = next((i for i, sampling in enumerate(found) if sampling != found[0]), None)
     if other is not None:

@@ -1,4 +1,4 @@
-"""What ``evaluate`` has measured of the runs: found where it is kept, and chosen so that arms compare."""
+"""Evaluations of the runs by ``evaluate``: found where they are kept, and chosen so that arms compare."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ RESULT = "evaluation.json"
 BESIDE = Path("runs/evaluate")  # where `evaluate` writes when it is not told
 # What may differ between two evaluations whose numbers compare.
 INDIFFERENT = ("dtype", "intervals")
+# Where the built-in world's reward stood when earlier evaluations were made, and where it stands now.
+GOLD_BEFORE = ("rlhf_lit.data.playground.reward.", "rlhf_lit.playground.reward.")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Evaluated:
     @property
     def judges(self) -> dict[str, str]:
         """`judge` and `gold`, in words."""
-        return dict(self.numbers["judges"])
+        return {name: words.replace(*GOLD_BEFORE) for name, words in self.numbers["judges"].items()}
 
     @property
     def reward(self) -> str | None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from rlhf_lit.errors import UserError
-from rlhf_lit.files import short_path
+from rlhf_lit.files import atomic, short_path
 
 PAGE = "report.html"
 FIGURES = "figures"
@@ -47,21 +45,13 @@ def write(folder: Path, contents: Mapping[str, bytes]) -> None:
         UserError: it cannot be written there.
     """
     check_place(folder)
-    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        for name, content in contents.items():
-            file = fresh / name
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(content)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
+        with atomic(folder, shared=True) as fresh:
+            fresh.mkdir()
+            for name, content in contents.items():
+                file = fresh / name
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(content)
     except OSError as error:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
         raise UserError(f"--out {short_path(folder)}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from rlhf_lit.errors import UserError
 from rlhf_lit.files import short_path
+from rlhf_lit.report.kinds import Kind, kind_of_run
 from rlhf_lit.report.metrics import Series, read_metrics
 from rlhf_lit.runs import EXPORT, versions
 from rlhf_lit.sweep.records import Folder, read_arms
@@ -44,6 +46,11 @@ class Run:
     def algorithm(self) -> str:
         """The class's name."""
         return str(self.config["model"]["class_path"]).rsplit(".", 1)[-1]
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What the algorithm is."""
+        return kind_of_run(self.config["model"]["class_path"], self.folder, self.model, self.metrics)
 
     @property
     def seed(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What all sections of a report look at."""
+"""The compared runs and their final numbers, which all sections of a report read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from rlhf_lit.report.evaluations import Evaluated
 from rlhf_lit.report.figures import Dot, Look, looks
 from rlhf_lit.report.reading import LeftOut, Run
 from rlhf_lit.report.statistics import OverSeeds, mean_over_prompts
-
-ON_POLICY = ("PPO", "RLOO", "GRPO")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Study:
 
     @cached_property
     def styles(self) -> dict[str, Look]:
-        """How an arm is drawn."""
+        """The colour and marker of each arm, by its label."""
         return looks(self.arms)
 
     @property

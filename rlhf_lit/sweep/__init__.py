@@ -1,8 +1,9 @@
 """``sweep``: a W&B sweep file without W&B: the same arms, the same argument lines, a process for each.
 
 ``space`` says which values the arms have, ``file`` reads the file and builds an arm's command (with wandb's own
-builder), ``check`` sends each command through the real parser before anything starts, ``records`` keeps the sweep's
-folder, ``processes`` starts and ends arms, ``runner`` sees to it that all of them are run.
+builder), ``check`` compares what commands resolve to (``commands.sweep_arms`` sends each through the real parser before
+anything starts), ``records`` keeps the sweep's folder, ``processes`` starts and ends arms, ``runner`` sees to it that
+all of them are run.
 
     runs/sweeps/<name>/
       sweep.yaml, sweep.json        the file as it was, and how it was called

@@ -1,4 +1,4 @@
-"""A sweep from its file to its last arm: which arms there are, whether all of them will run, and running them."""
+"""A sweep from its file to its last arm: listing the arms, checking that all of them will run, and running them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from rlhf_lit.sweep.file import SweepFile
 from rlhf_lit.sweep.processes import Process, end, environment, visible_gpus
 from rlhf_lit.sweep.records import LOG, Arm, Call, Folder, arm_name, last_value, number_of, read_arms
 
+Resolver = Callable[[Mapping[str, Sequence[str]]], Iterable[check.Resolved]]
 POLL = 0.1  # seconds between two looks at the running arms
 
 
@@ -80,15 +81,19 @@ def plan(file: SweepFile, folder: Folder, call: Call) -> Plan:
     return Plan(file, folder, call, [*known, *added], {arm.name for arm in added})
 
 
-def check_arms(plan: Plan) -> dict[str, check.Resolved]:
+def check_arms(plan: Plan, resolve: Resolver) -> dict[str, check.Resolved]:
     """Every arm's command through the real parser. → what each resolves to, by name.
+
+    Args:
+        plan: which arms there are.
+        resolve: what each of some commands, by name, resolves to; raises where its run would refuse one.
 
     Raises:
         UserError: an arm that its run would refuse, that differs from what is on record, or a grid's that does what
             another does.
     """
     found: dict[str, check.Resolved] = {}
-    for arm, config in zip(plan.arms, check.resolve({arm.name: plan.argv(arm) for arm in plan.arms}), strict=True):
+    for arm, config in zip(plan.arms, resolve({arm.name: plan.argv(arm) for arm in plan.arms}), strict=True):
         if arm.name not in plan.new and (change := check.difference(plan.folder.resolved(arm), config)):
             raise UserError(
                 f"arm {arm.name} would not be what it was when the sweep began: {change}; "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,8 @@ from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.errors import UserError
-from rlhf_lit.files import append_rows, replace_file, short_path
+from rlhf_lit.files import append_rows, atomic, replace_file, short_path
+from rlhf_lit.models.saving import save_hf
 from rlhf_lit.parallel.sharding import at_hand, whole_weights
 from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.runs import CHECKPOINTS, EXPORT
@@ -280,10 +280,5 @@ class HFExport(Callback):
         trainer.strategy.barrier("hf export")
 
     def _export(self, module: Algorithm, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
-        from rlhf_lit.export.saving import save_hf
-
-        partial = folder.with_name(f"{EXPORT}.partial")  # a kill leaves no half model where later runs look
-        shutil.rmtree(partial, ignore_errors=True)
-        save_hf(module, partial, weights)
-        shutil.rmtree(folder, ignore_errors=True)  # a resumed run's earlier one
-        partial.replace(folder)
+        with atomic(folder) as partial:  # a kill leaves no half model where later runs look
+            save_hf(module, partial, weights)

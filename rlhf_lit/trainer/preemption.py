@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 end a run where it can be continued: after the step at hand, with a checkpoint of it."""
+"""SIGTERM and SIGUSR1 end a run where it can be continued: after the current step, with a checkpoint of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption(Callback):
-    """What a scheduler's notice does to ``fit``: the step at hand is finished and saved, on all ranks the same one.
+    """Ends ``fit`` on a scheduler's notice: the current step is finished and saved, the same one on all ranks.
 
     A signal reaches ranks in different steps, or one of them alone, so they agree after each step. Lightning's own
     handlers, which this replaces while a run trains, call a collective from within the handler, in the middle of

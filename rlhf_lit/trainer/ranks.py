@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf_lit.data.text_module import TextDataModule
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.parallel.faults import RANK_LOST, how_to_go_on, is_lost_connection
 from rlhf_lit.parallel.same_setup import Facts, difference, facts_of
 from rlhf_lit.parallel.watch import GRACE, Loss, Watch
@@ -65,8 +64,11 @@ class Ranks(Callback):
 
         self._watch = Watch(rank, world, trainer.strategy.broadcast, end)
         if self._watch.unwatched:
-            print(f"warning: rank {rank} has no connection to watch rank(s) {self._watch.unwatched} by; a rank that "
-                  "dies shows in the next collective alone", file=sys.stderr)  # fmt: skip
+            say(
+                f"warning: rank {rank} has no connection to watch rank(s) {self._watch.unwatched} by; a rank that dies "
+                "shows in the next collective alone",
+                every_rank=True,
+            )
         for thread in threading.enumerate():
             # Lightning's own watch kills the main process, without a word, when another one ends with an error.
             if isinstance(thread, _ChildProcessObserver):

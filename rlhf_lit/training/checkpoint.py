@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.files import atomic
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -34,25 +34,10 @@ class WholeFiles(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for partial in target.parent.glob("*.ckpt.partial"):  # of a process that was killed here
-            partial.unlink()
-        partial = target.with_name(f"{target.name}.partial")
-        with partial.open("wb") as file:
+        for left in target.parent.glob("*.ckpt.partial"):  # by a process that was killed here, under any step's name
+            left.unlink()
+        with atomic(target, durable=True) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-        _settle(target.parent)
-
-
-def _settle(folder: Path) -> None:
-    """Wait until the disk knows the name too, where a folder can be asked for that."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def keep_trained(algorithm: Any, checkpoint: dict[str, Any]) -> None:

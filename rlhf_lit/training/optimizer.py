@@ -61,7 +61,7 @@ class Schedule:
         return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
-def configure(algorithm: Any) -> dict[str, Any]:
+def configure(algorithm: Any) -> Any:
     """Optimizer and scheduler of an algorithm, in the form that Lightning's ``configure_optimizers`` returns.
 
     Raises:

@@ -13,8 +13,8 @@ from lightning.pytorch import Callback
 
 from rlhf_lit.algorithms import PPO, SFT
 from rlhf_lit.algorithms.algorithm import StepLoss
-from rlhf_lit.commands.parser_errors import is_out_of_memory
 from rlhf_lit.losses.advantages import GAE
+from rlhf_lit.memory.phases import is_out_of_memory
 
 TOO_MUCH = 2**60
 

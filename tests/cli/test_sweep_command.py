@@ -19,6 +19,7 @@ import yaml
 from run_folders import assert_equal, final, metrics, timeless
 
 from rlhf_lit.__main__ import main
+from rlhf_lit.commands import sweep_arms
 from rlhf_lit.errors import UserError
 from rlhf_lit.sweep import check
 from rlhf_lit.sweep.file import SweepFile, read
@@ -31,7 +32,7 @@ FIT = ["${env}", "${interpreter}", "-m", "rlhf_lit", "fit", "--config"]
 
 
 def resolve(*commands: list[str]) -> list[dict[str, Any]]:
-    return list(check.resolve({str(i): argv for i, argv in enumerate(commands)}))
+    return list(sweep_arms.resolve({str(i): argv for i, argv in enumerate(commands)}))
 
 
 def holder_of(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:

@@ -30,7 +30,6 @@ from world import (
 
 from rlhf_lit.algorithms import DPO, PPO, RewardModel
 from rlhf_lit.batches import PreferenceBatch, Sequences
-from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses import advantages as advantages_file
 from rlhf_lit.losses import kl as kl_file
 from rlhf_lit.losses.advantages import GAE, generalised_advantages
@@ -40,6 +39,7 @@ from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
+from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout import collect as collect_file
 from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel

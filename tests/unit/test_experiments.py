@@ -21,8 +21,8 @@ from experiments.overoptimisation import run as overoptimisation
 from experiments.run import Curve, Run, Settings, at_equal_kl, results
 from experiments.steps import Step, every
 from rlhf_lit.commands import report as report_command
+from rlhf_lit.commands.sweep_arms import resolve
 from rlhf_lit.report.sections.overoptimisation import Trace
-from rlhf_lit.sweep.check import resolve
 from rlhf_lit.sweep.file import read
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_lit.export.saving import _pad_token
+from rlhf_lit.models.saving import _pad_token
 
 TEXTS = ["great!! yes! wow!!", "! ", "a wow wow"]
 END = "<|endoftext|>"

@@ -15,15 +15,15 @@ import torch
 
 from rlhf_lit.algorithms import DPO, PPO, SFT, RewardModel
 from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer
-from rlhf_lit.commands.training import hush
+from rlhf_lit.commands.training import quiet_libraries
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule, TextDataModule
-from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.memory.bench import Bench, Machine
 from rlhf_lit.memory.measurement import Measurement
 from rlhf_lit.models.loading import PLAYGROUND, Base, LoRA, Quantization
 from rlhf_lit.models.roles import Critic
+from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardFromModel
 
@@ -207,7 +207,7 @@ def measure_shape(name: str, setting: Setting, most: int | None, report: Callabl
 
 def main() -> None:
     """Write ``results_<device>.json``, a row at a time, and print it."""
-    hush()
+    quiet_libraries()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), help="default: 0.1b, on cuda 1b 3b 8b")

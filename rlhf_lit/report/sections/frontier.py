@@ -98,16 +98,16 @@ def frontier(study: Study) -> Section:
             names = ", ".join(sorted(map(shortened, references)))
             section.text.append(f"KL is to different references here, and does not compare between them: {names}.")
     unknown = [arm for arm in study.arms if not any(_has(study, arm, view) for view in views(study))]
-    held = [arm.label for arm in unknown if arm.algorithm not in ("SFT", "RewardModel")]
-    free = [arm.label for arm in unknown if arm.algorithm == "SFT"]
+    held = [arm.label for arm in unknown if arm.kind.writes and arm.kind.has_reference]
+    free = [arm.label for arm in unknown if arm.kind.writes and not arm.kind.has_reference]
     if held:
         section.missing.append(
-            f"reward beside KL of {', '.join(held)}: rlhf-lit report … --evaluate measures both (of PPO, RLOO and GRPO "
-            "validation rows, data.validation, do too)."
+            f"reward beside KL of {', '.join(held)}: rlhf-lit report … --evaluate measures both (so do "
+            "validation rows, data.validation, of an on-policy algorithm)."
         )
     if free:
         section.missing.append(
-            f"KL of {', '.join(free)}, as SFT has no reference of its own: rlhf-lit report … --evaluate "
+            f"KL of {', '.join(free)}, which had no reference in training: rlhf-lit report … --evaluate "
             "--reference=MODEL."
         )
     if not (section.figures or section.missing):

@@ -39,7 +39,7 @@ def lengths(study: Study) -> Section:
     section.tables += _correlations(study)
     if not section.tables:
         section.missing.append(
-            "lengths of sampled responses: PPO, RLOO and GRPO log them where they have validation rows "
+            "lengths of sampled responses: on-policy algorithms log them where they have validation rows "
             "(data.validation), of the others rlhf-lit report … --evaluate measures them."
         )
     return section

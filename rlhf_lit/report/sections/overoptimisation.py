@@ -12,7 +12,7 @@ from rlhf_lit.report.content import Cell, Section, Table, interval, number, plai
 from rlhf_lit.report.figures import CATEGORIES, FAINT, Figure, canvas, finish, legend
 from rlhf_lit.report.reading import Run
 from rlhf_lit.report.statistics import Fit, Form, OverSeeds, fit
-from rlhf_lit.report.study import ON_POLICY, Study
+from rlhf_lit.report.study import Study
 
 D = "√KL to the starting policy (√nats)"
 BINS = 12
@@ -114,7 +114,7 @@ def of_rollouts(run: Run) -> Trace | None:
 
 def watched(run: Run) -> str | None:
     """The source of a `RewardSum` that has weight 0: `gold` where one is named so, else the first."""
-    reward = run.model.get("reward") if run.algorithm in ON_POLICY else None
+    reward = run.model.get("reward") if run.kind.on_policy else None
     weights = ((reward or {}).get("init_args") or {}).get("weights") or {}
     names = [name for name, weight in weights.items() if weight == 0]
     return "gold" if "gold" in names else next(iter(names), None)

@@ -15,10 +15,10 @@ from rlhf_lit.algorithms import DPO, SFT, RewardModel
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.commands.export import export
 from rlhf_lit.errors import UserError
-from rlhf_lit.export.saving import save_hf
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm, load_scorer, load_tokenizer
+from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import score_sequences
 
 LORAS = pytest.mark.parametrize("lora", [None, LoRA(rank=4)], ids=["full", "lora"])

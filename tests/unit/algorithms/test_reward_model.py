@@ -15,12 +15,12 @@ from torch import Tensor
 from rlhf_lit.algorithms import RewardModel
 from rlhf_lit.batches import PreferenceBatch, RankedBatch
 from rlhf_lit.errors import UserError
-from rlhf_lit.export.saving import save_hf
 from rlhf_lit.export.trained import Trained
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.heads import sequence_scores
 from rlhf_lit.models.loading import Base, LoRA, load_scorer
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import score_sequences
 
 LORAS = pytest.mark.parametrize("lora", [None, LoRA(rank=4)], ids=["full", "lora"])

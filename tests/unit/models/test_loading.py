@@ -9,9 +9,9 @@ import torch
 
 from rlhf_lit.algorithms import SFT, RewardModel
 from rlhf_lit.errors import UserError
-from rlhf_lit.export.saving import save_hf
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.loading import Base, LoRA, load_causal_lm, load_scorer
+from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import RewardFromModel
 
 ADAPTERS = [None, LoRA(rank=4, dropout=0.1)]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rlhf_lit.algorithms import PPO, SFT, RewardModel
 from rlhf_lit.errors import UserError
-from rlhf_lit.export.saving import save_hf
 from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm, load_scorer
 from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import RewardFromModel, RewardSource, RewardSum, score_sequences
 
 SEQUENCES = tiny.sequences(tiny.RAGGED)

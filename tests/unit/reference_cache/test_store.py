@@ -23,7 +23,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import Base, LoRA
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.reference_cache import catalogue, pending, progress, segments, store
+from rlhf_lit.reference_cache import catalogue, pending, segments, store
 from rlhf_lit.reference_cache.identity import ReferenceIdentity, identify
 from rlhf_lit.reference_cache.index import key_of
 from rlhf_lit.reference_cache.store import ReferenceCache, Row
@@ -439,7 +439,7 @@ def test_of_two_processes_one_computes_and_the_other_waits(
             return values_of(sequences)
 
         def run() -> None:
-            progress.say = note
+            store.say = note
             mine = again(cache)
             note(f"returned {mine.build(ROWS, compute, 30)}")
             sequences = Sequences.pad(*zip(*ROWS, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,14 +120,14 @@ def test_what_is_not_a_reports_is_never_deleted(tmp_path: Path, name: str) -> No
 def test_where_writing_fails_the_earlier_report_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "out"
     folder.write(place, {"report.html": b"1"})
-    rename = Path.rename
+    replace = os.replace
 
-    def fail(path: Path, target: Path) -> Path:
-        if path.name.endswith(".new"):
+    def fail(path: Path, target: Path) -> None:
+        if target == place and not path.name.endswith(".earlier.partial"):
             raise OSError(28, "No space left on device")
-        return rename(path, target)
+        replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError, match="No space left"):
         folder.write(place, {"report.html": b"2"})
     assert (place / "report.html").read_bytes() == b"1"

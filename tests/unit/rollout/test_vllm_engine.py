@@ -19,13 +19,13 @@ from vllm_double import CompletionOutput, Logprob, RequestOutput
 
 from rlhf_lit.algorithms import GRPO, PPO, RLOO, on_policy
 from rlhf_lit.batches import Sequences
-from rlhf_lit.commands.parser_errors import out_of_memory
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.records import Source
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.memory.measurement import Measurement
+from rlhf_lit.memory.phases import out_of_memory
 from rlhf_lit.memory.worst_case import prepare
 from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
 from rlhf_lit.models.logprobs import token_logprobs

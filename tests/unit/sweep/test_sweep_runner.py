@@ -46,7 +46,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             options = dict(word[2:].split("=", 1) for word in argv[1:] if "=" in word)
             yield {**base, **{key: value for key, value in options.items() if key not in check.ITS_OWN}}
 
-    monkeypatch.setattr(check, "resolve", resolve)
+    monkeypatch.setattr("rlhf_lit.commands.sweep.resolve", resolve)
 
     def call(values: list[Any], *options: str, more: dict[str, Any] | None = None, **top: Any) -> tuple[int, str, str]:
         content = {
@@ -307,7 +307,7 @@ def test_a_base_that_was_changed_is_told_by_its_key(sweep):
 
 
 def test_a_parameter_without_effect_is_refused(sweep, monkeypatch):
-    monkeypatch.setattr(check, "resolve", lambda commands: ({"a": 1} for _ in commands))
+    monkeypatch.setattr("rlhf_lit.commands.sweep.resolve", lambda commands: ({"a": 1} for _ in commands))
     status, _, err = sweep(["finish", "recover"])
     assert status == 2
     assert "arms 000-do=finish and 001-do=recover are the same run: a parameter of the sweep changes nothing" in err

@@ -1,20 +1,37 @@
-"""Writing a model, or its adapter, and its tokenizer into a folder."""
+"""Saving: a model, or its adapter, and its tokenizer into a folder."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.algorithm import Algorithm
-from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.models.anatomy import is_wrapped, unwrapped
 from rlhf_lit.models.heads import reward_bias
 
 
-def save_hf(module: Algorithm, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+class Trained(Protocol):
+    """An algorithm after training, as far as saving its model goes.
+
+    Attributes:
+        trained_model: a transformers model, or one inside peft's wrapper.
+        tokenizer: of that model.
+        trains_scorer: the model is a reward model.
+    """
+
+    @property
+    def trained_model(self) -> nn.Module: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def trains_scorer(self) -> bool: ...
+
+
+def save_hf(module: Trained, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write the trained model and its tokenizer to ``folder``.
 
     A policy is saved as a causal language model, a reward model as a sequence classifier with one label; with LoRA, the
@@ -24,9 +41,9 @@ def save_hf(module: Algorithm, folder: Path, weights: dict[str, Tensor] | None =
     Args:
         module: with its models built.
         folder: where to.
-        weights: of a sharded model, gathered (``models.sharding.whole_weights``).
+        weights: of a sharded model, gathered (``parallel.sharding.whole_weights``).
     """
-    write_model(module.trained_model, module.tokenizer, folder, isinstance(module, RewardModel), weights)
+    write_model(module.trained_model, module.tokenizer, folder, module.trains_scorer, weights)
 
 
 def write_model(
