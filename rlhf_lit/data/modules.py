@@ -183,8 +183,9 @@ class RolloutDataModule(TextDataModule):
     alone) or by the trainer's own limits, in optimizer steps or passes.
 
     Args:
-        train, validation, validation_fraction, test, predict, micro_batch_tokens, max_length, truncation, template,
-            on_bad_row, world, workers, cache: see ``TextDataModule``; `max_length` limits the prompt alone.
+        train, validation, validation_fraction, test, predict, micro_batch_tokens: see ``TextDataModule``.
+        max_length, truncation, template, on_bad_row, world, workers, cache: likewise; `max_length` limits the prompt
+            alone.
         rollout_size: prompts answered per rollout, over all ranks.
         samples_per_prompt: responses to each prompt of a rollout.
         batch_size: responses per optimizer step, over all ranks.

@@ -22,8 +22,8 @@ class RankingDataModule(TextDataModule):
     ``batch_size`` counts prompts.
 
     Args:
-        train, validation, validation_fraction, test, predict, batch_size, micro_batch_tokens, max_length, truncation,
-            template, on_bad_row, world, workers, cache: see ``TextDataModule``.
+        train, validation, validation_fraction, test, predict, batch_size: see ``TextDataModule``.
+        micro_batch_tokens, max_length, truncation, template, on_bad_row, world, workers, cache: likewise.
         max_answers: a list of more is a bad row. All answers to a prompt go through the device at once.
     """
 
