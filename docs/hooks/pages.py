@@ -6,6 +6,7 @@ file or folder shows up by itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rlhf_lit"
@@ -65,3 +67,10 @@ def _pages(entry: Any, docs: list[str], found: dict[str, list[str]]) -> list[Any
     if isinstance(entry, dict):
         return [{title: _complete(below, docs, found) for title, below in entry.items()}]
     return [page for page in docs if fnmatch(page, entry)] if "*" in entry else [entry]
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A page without sections gives the room of its table of contents to its tables."""
+    if not re.search(r"^(## |:::)", markdown, flags=re.M):
+        page.meta["hide"] = ["toc"]
+    return markdown
