@@ -14,9 +14,8 @@ from torch import Tensor
 
 from rlhf_lit.algorithms.algorithm import Optimizer, Schedule, StepLoss
 from rlhf_lit.algorithms.offline import OfflineAlgorithm, Reference
-from rlhf_lit.algorithms.policy import SCORING_BUDGET
 from rlhf_lit.batches import Sequences, UnpairedBatch
-from rlhf_lit.batches.micro_batches import cut_by_tokens
+from rlhf_lit.batches.micro_batches import SCORING_BUDGET, cut_by_tokens
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import KTOLoss
 from rlhf_lit.losses.reductions import row_sums

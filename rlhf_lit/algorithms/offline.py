@@ -17,13 +17,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, require_no_dropout
-from rlhf_lit.algorithms.policy import SCORING_BUDGET, Writer
+from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule
+from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.batches import PromptBatch, Record, Sequences
+from rlhf_lit.batches.micro_batches import SCORING_BUDGET
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.flops import Pass
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.loading import Base, require_no_dropout
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.parallel.sharding import whole

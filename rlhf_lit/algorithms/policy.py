@@ -20,8 +20,6 @@ from rlhf_lit.rollout.rewards import shown
 
 # The stream of sampling noise for validation, predictions and samples: apart from every rollout's.
 EVALUATION = 2**31
-# A pass without gradients keeps no activations, so more padded tokens fit than in a training micro-batch.
-SCORING_BUDGET = 4
 
 
 class Writer(LightningModule):

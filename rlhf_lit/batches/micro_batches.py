@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+# A pass without gradients keeps no activations, so more padded tokens fit than in a training micro-batch.
+SCORING_BUDGET = 4
 # What a group of padded rows costs besides its tokens, as a part of the budget: few tokens use a device badly.
 GROUP_COST = 1 / 16
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
+from rlhf_lit.commands.renamed import successor
 from rlhf_lit.errors import UserError
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -114,7 +115,10 @@ def _findings(message: str) -> tuple[list[_Finding], str]:
 def _unknown_key(where: str, key: str, owner: str) -> str:
     """``owner`` is the class path of what stands at ``where``; the key may reach further in."""
     key = key.removeprefix("init_args.")
-    line = f"{'.'.join(filter(None, [where, key]))}: unknown key"
+    full = ".".join(filter(None, [where, key]))
+    if new := successor(full):
+        return f"{full}: unknown key; in its place there is {new} (docs/migration.md)"
+    line = f"{full}: unknown key"
     if not owner or "." in key:
         return line
     module, name = owner.rsplit(".", 1)

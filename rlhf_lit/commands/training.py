@@ -41,9 +41,12 @@ from rlhf_lit.commands.parser_errors import (
     read_configs,
     read_options,
 )
+from rlhf_lit.commands.renamed import require_present_names
 from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.errors import UserError
+from rlhf_lit.losses.advantages import AdvantageEstimator
 from rlhf_lit.losses.kl import KLController
+from rlhf_lit.losses.policy_gradient import PolicyLoss
 from rlhf_lit.losses.preference import PreferenceLoss
 from rlhf_lit.parallel.faults import RANK_LOST, how_to_go_on, is_lost_connection
 from rlhf_lit.preflight.callback import Preflight
@@ -140,6 +143,7 @@ class RunCLI(LightningCLI):
 
     def __init__(self, argv: list[str]) -> None:
         self.documents = [*read_configs(argv), *read_options(argv)]
+        require_present_names(self.documents)
         self.folder: Path | None = None
         self.resumed = False
         super().__init__(
@@ -371,6 +375,6 @@ def main(argv: list[str], command: Callable[[list[str]], object] = RunCLI) -> in
             os.getcwd()
         )  # a reward function in the user's folder, for the console script as for `python -m`
     # Dataclasses are plain fields to the parser, unless it is told that one is a family chosen from by class_path.
-    set_parsing_settings(subclasses_enabled=[PreferenceLoss, KLController])
+    set_parsing_settings(subclasses_enabled=[PreferenceLoss, PolicyLoss, AdvantageEstimator, KLController])
     command(argv)
     return 0

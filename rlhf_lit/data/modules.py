@@ -12,12 +12,12 @@ from rlhf_lit import playground
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, PromptBatch, Sequences, SupervisedBatch, UnpairedBatch
 from rlhf_lit.data import records
 from rlhf_lit.data.chat import Template
-from rlhf_lit.data.loader import RolloutLoader
 from rlhf_lit.data.ranking_module import RankingDataModule
 from rlhf_lit.data.records import OnBadRow, RowReport, Source
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.data.truncation import Truncation, truncate_pair, truncate_prompt
 from rlhf_lit.errors import UserError
+from rlhf_lit.rollout.loop import RolloutLoader
 
 SPLITS = ("train", "validation", "test")
 # What Lightning makes of a max_epochs that nobody set.

@@ -12,9 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from rlhf_lit.algorithms.policy import EVALUATION, SCORING_BUDGET, Writer
+from rlhf_lit.algorithms.policy import EVALUATION, Writer
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.batches import PromptBatch
+from rlhf_lit.batches.micro_batches import SCORING_BUDGET
 from rlhf_lit.data.records import Source
 from rlhf_lit.data.sources import is_local_file
 from rlhf_lit.errors import UserError

@@ -15,7 +15,7 @@ gradient's, in the loss its own (arXiv 2506.09477, 2510.01555). ``fixed_point`` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +63,18 @@ def exact_kl(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return (policy_logprobs.exp() * (policy_logprobs - reference_logprobs)).sum(-1)
 
 
+class Compared(Protocol):
+    """Policy and reference on the same tokens, [rows, time] each (``models.score_pass.Comparison``)."""
+
+    @property
+    def logratio(self) -> Tensor:
+        """log π − log π₀ of the tokens."""
+
+    @property
+    def exact_kl(self) -> Tensor:
+        """KL(π‖π₀) of the distributions they were drawn from."""
+
+
 @dataclass(frozen=True)
 class KLController:
     """The KL penalty: how it is estimated, where it stands, and how its coefficient moves (the subclass).
@@ -86,6 +98,44 @@ class KLController:
             episodes: n, how many there were on all ranks.
         """
         raise NotImplementedError
+
+    def in_reward(self, comparison: Compared) -> Tensor:
+        """kl_t, what each token's reward loses in units of β; 0 where the penalty stands in the loss. [rows, time]."""
+        if self.placement == "loss":
+            return torch.zeros_like(comparison.logratio)
+        return comparison.exact_kl if self.estimator == "full" else estimate_kl(comparison.logratio, self.estimator)
+
+    def in_loss(self, logratio: Tensor) -> Tensor | None:
+        """kl_t of sampled tokens, with the gradient of their log-ratio; None where no estimate stands in the loss.
+
+        Args:
+            logratio: [rows, time] log π − log π₀, with the policy's gradient.
+        """
+        estimated = self.placement == "loss" and self.estimator != "full"
+        return estimate_kl(logratio, self.estimator) if estimated else None
+
+    @property
+    def exact_in_loss(self) -> bool:
+        """Whether the exact KL stands in the loss: it takes a pass of its own (``models.score_pass``)."""
+        return self.placement == "loss" and self.estimator == "full"
+
+    def note(self, advantages_rescaled: bool) -> str | None:
+        """What the combination of estimator, placement and advantages converges to, where that is not π*; else None.
+
+        Args:
+            advantages_rescaled: whether they are divided by their standard deviation.
+        """
+        if instead := fixed_point(self.estimator, self.placement):
+            return (
+                f"{self.estimator} in the {self.placement} converges to {instead} "
+                "(on a one-token bandit; see experiments/kl_fixed_points)"
+            )
+        if self.placement == "loss" and advantages_rescaled:
+            return (
+                "the advantages are divided by their standard deviation and the KL in the loss is not, so its β is in "
+                "those units, and the fixed point is not π* ∝ π₀·exp(r/β)"
+            )
+        return None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
-from rlhf_lit.algorithms.policy import SCORING_BUDGET
 from rlhf_lit.algorithms.ppo import PPO
 from rlhf_lit.batches import (
     PreferenceBatch,
@@ -24,6 +23,7 @@ from rlhf_lit.batches import (
     SupervisedBatch,
     UnpairedBatch,
 )
+from rlhf_lit.batches.micro_batches import SCORING_BUDGET
 from rlhf_lit.data.modules import (
     PreferenceDataModule,
     RankingDataModule,

@@ -141,3 +141,10 @@ def _used(shape: torch.Size, config: Any) -> int:
     """How many numbers of a weight one token meets; of experts in one tensor those that it is sent to."""
     experts = getattr(config, "num_experts_per_tok", None)
     return shape.numel() * experts // shape[0] if experts and len(shape) == 3 else shape.numel()
+
+
+def count_flops():  # type: ignore
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    return nullcontext(SimpleNamespace(total=None))

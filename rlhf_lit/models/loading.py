@@ -158,6 +158,12 @@ def require_embeddings(module: nn.Module, tokens: int) -> None:
                 raise UserError(f"base.tokenizer: it has {tokens} tokens, and the model only {rows} embeddings")
 
 
+def require_no_dropout(base: Base, algorithm: str) -> None:
+    """Refuse LoRA dropout: PPO, DPO and KTO compare log-probs of the same tokens in different passes."""
+    if base.lora and base.lora.dropout:
+        raise UserError(f"base.lora.dropout: {algorithm} runs without dropout; set it to 0")
+
+
 def load_causal_lm(base: Base) -> nn.Module:
     """The language model of a base, adapters included, in eval mode."""
     model = _load(base, "AutoModelForCausalLM", {})

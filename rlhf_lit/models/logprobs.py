@@ -120,3 +120,27 @@ def _per_token(
     ]
     joined = torch.cat(parts) if parts else states.new_zeros(0, columns, dtype=torch.float32)
     return [scatter(column, sequences.mask) for column in joined.unbind(-1)]
+
+
+from dataclasses import dataclass  # noqa: E402
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+
+
+def policy_outputs(model, sequences, temperature=1.0, *, entropy=False, value_head=None):  # type: ignore
+    from rlhf_lit.models.heads import token_values
+    from rlhf_lit.models.packing import response_states
+
+    states = response_states(model, sequences)
+    if entropy:
+        lp, ent = token_logprobs_and_entropy(model, sequences, temperature, states)
+    else:
+        lp, ent = token_logprobs(model, sequences, temperature, states), None
+    return PolicyOutputs(
+        lp, ent, token_values(model, value_head, sequences, states) if value_head is not None else None
+    )

@@ -238,3 +238,9 @@ def register() -> None:
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register("sdpa", torch.compiler.disable(attention, reason="segments differ from batch to batch"))
+
+
+def layout_of(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return all(packs(part) for part in module.modules() if isinstance(part, PreTrainedModel))

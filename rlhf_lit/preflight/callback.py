@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
-from rlhf_lit.algorithms.policy import SCORING_BUDGET, Writer
+from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.batches import (
@@ -29,7 +29,7 @@ from rlhf_lit.batches import (
     SupervisedBatch,
     UnpairedBatch,
 )
-from rlhf_lit.batches.micro_batches import cut_by_tokens
+from rlhf_lit.batches.micro_batches import SCORING_BUDGET, cut_by_tokens
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
@@ -53,6 +53,7 @@ from rlhf_lit.preflight.models import (
 )
 from rlhf_lit.preflight.rewards import scores_alone, scores_vary
 from rlhf_lit.preflight.tokens import one_bos, supervised_eos, supervised_tokens
+from rlhf_lit.rollout.collect import raw_scores, score_pass
 from rlhf_lit.rollout.engine import Samples
 
 TOKEN_ROWS = 64  # rows whose tokens are read
@@ -176,7 +177,7 @@ def _sampled(module: OnPolicy, prompts: PromptBatch) -> Iterator[Check]:
     yield padding(logprobs_of(module.roles), absolute, sequences, SCORING_BUDGET * budget, module.roles.policy)
 
     def compare() -> Comparison:
-        return module._score_pass(sequences, budget)
+        return score_pass(module.roles, sequences, budget, module.sampling.temperature)
 
     comparison = compare()
     yield from _reference(module, comparison, compare, sequences.mask)
@@ -185,7 +186,7 @@ def _sampled(module: OnPolicy, prompts: PromptBatch) -> Iterator[Check]:
     def score(rows: Tensor) -> Tensor:
         there = rows.to(samples.ended.device)
         chosen = Samples(sequences.select(there), samples.sampled_logprobs[there], samples.ended[there])
-        return module.raw_scores(prompts.select(rows), chosen, [texts[row] for row in rows.tolist()])
+        return raw_scores(module.reward, prompts.select(rows), chosen, [texts[row] for row in rows.tolist()])
 
     scores = score(torch.arange(len(prompts)))
     varied = scores_vary(scores)

@@ -31,6 +31,11 @@ from rlhf_lit.rollout.engine import Samples, Sampling
 # vLLM raises a temperature between 0 and this one to it (vllm/sampling_params.py): another distribution.
 LEAST_TEMPERATURE = 0.01
 
+UNCORRECTED = (
+    "note: model.vllm: its log-probs differ from the training forward's, and nothing corrects for that while "
+    "model.policy_loss.importance_cap is null (2 in the paper)"
+)
+
 
 @dataclass(frozen=True)
 class VLLM:
@@ -81,9 +86,15 @@ class VLLMEngine:
 
     Args:
         settings: its memory and its width.
+        remote_code: whether the model comes with code of its own.
+
+    Raises:
+        UserError: it does.
     """
 
-    def __init__(self, settings: VLLM) -> None:
+    def __init__(self, settings: VLLM, remote_code: bool = False) -> None:
+        if remote_code:
+            raise UserError("model.vllm: a model with code of its own (base.trust_remote_code) is not handed to vLLM")
         self.settings = settings
         self._llm: Any = None
         self._asleep = False

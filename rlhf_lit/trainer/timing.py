@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from rlhf_lit.algorithms.on_policy import OnPolicy
-from rlhf_lit.data.loader import BatchLoader, RolloutLoader
+from rlhf_lit.data.loader import BatchLoader
+from rlhf_lit.rollout.loop import RolloutLoader
 
 
 class Phases(Callback):

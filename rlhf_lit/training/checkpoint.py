@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 
 from rlhf_lit.errors import UserError
 
@@ -54,47 +55,37 @@ def _settle(folder: Path) -> None:
             os.close(handle)
 
 
-def keep_trained(checkpoint: dict[str, Any], names: set[str]) -> None:
-    """Keep the named weights only: those that move in training, so that a LoRA run's checkpoint is megabytes."""
+def keep_trained(algorithm: Any, checkpoint: dict[str, Any]) -> None:
+    """Keep what moves in training (a LoRA run's checkpoint is megabytes), and what the run began from."""
+    names = algorithm.saved_names()
     checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
+    checkpoint["base"] = algorithm.base.address
 
 
-def require_fitting(checkpoint: dict[str, Any], names: set[str]) -> None:
+def require_fitting(algorithm: Any, checkpoint: dict[str, Any]) -> None:
     """Refuse what ``strict_loading=False`` would take for a checkpoint and load nothing, or a part, of.
 
     Args:
+        algorithm: with its models built.
         checkpoint: as it was read.
-        names: of the weights that this model's checkpoints hold.
 
     Raises:
-        UserError: it holds other weights.
+        UserError: other trainable weights than this model's; or a run to be continued began from another version of its
+            base (a run name means its newest), which would change the frozen weights and the reference.
     """
-    saved = set(checkpoint["state_dict"])
+    fitting = algorithm._trainer is not None and algorithm.trainer.state.fn == TrainerFn.FITTING
+    if fitting and checkpoint["base"] != algorithm.base.address:
+        raise UserError(
+            f"--ckpt_path: this run began from {checkpoint['base']}, but model.base.name now means "
+            f"{algorithm.base.address}; name the first one to continue it"
+        )
+    saved, names = set(checkpoint["state_dict"]), algorithm.saved_names()
     if saved != names:
         missing, strange = sorted(names - saved), sorted(saved - names)
         found = f"it lacks {missing[0]}" if missing else f"it holds {strange[0]}"
         raise UserError(
             f"--ckpt_path: the checkpoint is of another model or another base.lora: {found}, and "
             f"{len(missing) + len(strange) - 1} more names differ"
-        )
-
-
-def require_same_base(checkpoint: dict[str, Any], address: str) -> None:
-    """Refuse to continue a run from another version of its base.
-
-    A run name means its newest version, which would change the frozen weights and the reference.
-
-    Args:
-        checkpoint: as it was read.
-        address: of this run's base.
-
-    Raises:
-        UserError: the checkpoint's run began from another one.
-    """
-    if checkpoint["base"] != address:
-        raise UserError(
-            f"--ckpt_path: this run began from {checkpoint['base']}, but model.base.name now means {address}; name the "
-            "first one to continue it"
         )
 
 

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 import torch
 
+from rlhf_lit.errors import UserError
+from rlhf_lit.parallel.sharding import sharding_of
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -58,15 +61,28 @@ class Schedule:
         return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
-def apply_settings(optimizer: Any, scheduler: Any, settings: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Give a restored optimizer and scheduler this run's settings; they come with those they were saved with.
+def configure(algorithm: Any) -> dict[str, Any]:
+    """Optimizer and scheduler of an algorithm, in the form that Lightning's ``configure_optimizers`` returns.
 
-    Args:
-        optimizer, scheduler: as the checkpoint left them.
-        settings: of this run.
-        groups: of parameters, each with its peak learning rate (``lr``).
+    Raises:
+        UserError: nothing is trainable, the optimizer does not fit sharded weights, or the run has no end.
     """
-    scheduler.base_lrs = [group["lr"] for group in groups]
+    settings: Optimizer = algorithm.optimizer_settings
+    if not algorithm.trainable_parameters():
+        raise UserError(f"base.name: nothing of {algorithm.base.name} is trainable")
+    sharding_of(algorithm).require_optimizer(settings.name)
+    steps = algorithm.trainer.estimated_stepping_batches
+    if steps == float("inf"):
+        raise UserError("trainer.max_epochs, trainer.max_steps: one of them must say how long the run is")
+    optimizer = settings.build(algorithm.parameter_groups())
+    return {"optimizer": optimizer, "lr_scheduler": algorithm.schedule_settings.build(optimizer, int(steps))}
+
+
+def apply_settings(algorithm: Any) -> None:
+    """Give a restored optimizer and scheduler this run's settings; they come with those they were saved with."""
+    optimizer, scheduler = algorithm.optimizers(), algorithm.lr_schedulers()
+    settings: Optimizer = algorithm.optimizer_settings
+    scheduler.base_lrs = [group["lr"] for group in algorithm.parameter_groups()]
     factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
     for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,24 @@ from torch import Tensor, nn
 
 from rlhf_lit.models.flat import flat_of
 from rlhf_lit.parallel.sharding import gathered, is_sharded
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What a micro-batch adds to the loss of a step: over all micro-batches and ranks these sum up to the batch's own.
+
+    Attributes:
+        loss: scalar with a gradient, already divided by the whole batch's denominator.
+        metrics: scalars without one, divided likewise.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+    def add_to(self, totals: dict[str, Tensor]) -> None:
+        """Add the loss and the metrics to sums by name."""
+        for name, value in {"loss": self.loss.detach(), **self.metrics}.items():
+            totals[name] = totals[name] + value if name in totals else value
 
 
 def sum_over_ranks(module: LightningModule, value: Tensor) -> Tensor:

@@ -192,8 +192,8 @@ def test_ppo(run, place) -> None:
     write(
         place, "ppo", critic={"init": "policy"}, shaping=shaping,
         kl={"class_path": "AdaptiveKL", "init_args": {"beta": 0.2, "target": 0.01, "horizon": 100}},
-        policy_loss={"clip": 0.1, "dual_clip": 1.5, "entropy_coefficient": 0.01},
-        value_loss={"clip": 0.05, "coefficient": 0.3}, gamma=0.97, lam=0.9,
+        policy_loss={"clip_low": 0.1, "dual_clip": 1.5, "entropy_coefficient": 0.01},
+        value_loss={"clip": 0.05, "coefficient": 0.3}, advantages={"gamma": 0.97, "lam": 0.9},
     )  # fmt: skip
     answer = run("fit", "--config", "ppo.yaml")
     assert answer.status == 0, answer.err
@@ -269,7 +269,7 @@ def test_grpo(run, place) -> None:
     write(
         place, "grpo",
         kl={"class_path": "FixedKL", "init_args": {"beta": 0.5, "estimator": "k3", "placement": "loss"}},
-        policy_loss={"clip": 0.1, "aggregation": "sequence_mean", "importance_cap": 1.5},
+        policy_loss={"clip_low": 0.1, "aggregation": "sequence_mean", "importance_cap": 1.5},
     )  # fmt: skip
     answer = run("fit", "--config", "grpo.yaml")
     assert answer.status == 0, answer.err

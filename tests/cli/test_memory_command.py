@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from rlhf_lit.algorithms import PPO, SFT
 from rlhf_lit.algorithms.algorithm import StepLoss
 from rlhf_lit.commands.parser_errors import is_out_of_memory
+from rlhf_lit.losses.advantages import GAE
 
 TOO_MUCH = 2**60
 
@@ -45,9 +46,16 @@ class HungrySampler(PPO):
 class HungryScorer(PPO):
     """Runs out of memory when the responses of its first rollout are scored."""
 
-    def estimate(self, *arguments: Any) -> Any:
+    def response_texts(self, samples: Any) -> Any:
+        self.advantages = _Hungry()
+        return super().response_texts(samples)
+
+
+class _Hungry(GAE):
+    """Runs out of memory when it is asked for advantages."""
+
+    def __call__(self, rollout: Any) -> Any:
         exhaust()
-        return super().estimate(*arguments)
 
 
 class HungryLoader(SFT):

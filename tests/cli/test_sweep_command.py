@@ -149,7 +149,7 @@ def test_the_file_of_the_page_is_one(tmp_path, monkeypatch):
 VALUES: list[tuple[str, str, Any]] = [  # as YAML has them, and as the run gets them
     ("model.learning_rate", "1.0e-05", 1e-05),
     ("model.max_update_kl", "1e-05", 1e-05),  # a text to YAML 1.1
-    ("model.whiten_advantages", "false", False),
+    ("model.advantages.whiten", "false", False),
     ("model.sampling.temperature", "0.7", 0.7),
     ("model.policy_loss.dual_clip", "'null'", None),
     ("model.optimizer.max_grad_norm", "'null'", None),

@@ -75,7 +75,7 @@ def config(folder: Path, full: str) -> dict[str, Any]:
         }
     if name == "grpo":
         model["kl"]["init_args"] |= {"estimator": "full", "placement": "loss"}
-        model["scale_advantages"] = False  # equal answers score alike but for rounding, which it would blow up
+        model["advantages"] = {"scale": "none"}  # equal answers score alike but for rounding, which it would blow up
     if name == "ppo":
         model["critic"] = {"learning_rate": 5e-3, "warmup": 2}
     return {

@@ -29,18 +29,18 @@ from world import (
 )
 
 from rlhf_lit.algorithms import DPO, PPO, RewardModel
-from rlhf_lit.algorithms import on_policy as on_policy_file
-from rlhf_lit.algorithms import ppo as ppo_file
 from rlhf_lit.batches import PreferenceBatch, Sequences
 from rlhf_lit.export.saving import save_hf
-from rlhf_lit.losses.advantages import generalised_advantages
-from rlhf_lit.losses.kl import Estimator, FixedKL, estimate_kl
+from rlhf_lit.losses import advantages as advantages_file
+from rlhf_lit.losses import kl as kl_file
+from rlhf_lit.losses.advantages import GAE, generalised_advantages
+from rlhf_lit.losses.kl import Estimator, FixedKL, KLController, estimate_kl
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss, RobustDPOLoss
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
-from rlhf_lit.models.score_pass import Comparison
+from rlhf_lit.rollout import collect as collect_file
 from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel
 
@@ -253,27 +253,24 @@ def run(base: Base, folder: Path, rollouts: int, world: World = SEQUENCES, **set
 
 
 def flip_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_policy_file, "estimate_kl", lambda logratio, estimator: -estimate_kl(logratio, estimator))
+    monkeypatch.setattr(kl_file, "estimate_kl", lambda logratio, estimator: -estimate_kl(logratio, estimator))
 
 
 def penalise_by_the_full_kl(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the same for every token that could have been drawn, and tells them nothing."""
 
-    def penalty(self: PPO, comparison: Comparison) -> Tensor:
-        return self.kl_coefficient * comparison.exact_kl
-
-    monkeypatch.setattr(PPO, "_penalty", penalty)
+    monkeypatch.setattr(KLController, "in_reward", lambda self, comparison: comparison.exact_kl)
 
 
 def score_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice of the second then never learns what it was worth."""
 
-    def rewards(self: PPO, scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
+    def rewards(scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
         placed = torch.where(mask, -penalty, 0.0)
         placed[torch.arange(len(mask)), mask.int().argmax(-1)] += scores
         return placed
 
-    monkeypatch.setattr(PPO, "_token_rewards", rewards)
+    monkeypatch.setattr(collect_file, "token_rewards", rewards)
 
 
 def forget_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,8 +283,8 @@ def forget_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         found = generalised_advantages(rewards, values, torch.ones_like(mask), gamma, lam)
         return tuple(torch.where(mask, column, 0.0) for column in found)
 
-    monkeypatch.setattr(ppo_file, "token_values", values)
-    monkeypatch.setattr(ppo_file, "generalised_advantages", advantages)
+    monkeypatch.setattr(collect_file, "token_values", values)
+    monkeypatch.setattr(advantages_file, "generalised_advantages", advantages)
 
 
 def test_ppo_reaches_the_optimum(base: Base, tmp_path: Path) -> None:
@@ -299,7 +296,11 @@ def test_ppo_reaches_the_optimum(base: Base, tmp_path: Path) -> None:
 def learned(reward_model: RewardModel, tmp_path: Path) -> dict[str, Any]:
     """The reward model, saved, as reward and critic; advantages of one step, where a critic's faults show most."""
     save_hf(reward_model, tmp_path / "reward")
-    return {"reward": RewardFromModel(str(tmp_path / "reward")), "critic": Critic(init="reward"), "lam": 0.0}
+    return {
+        "reward": RewardFromModel(str(tmp_path / "reward")),
+        "critic": Critic(init="reward"),
+        "advantages": GAE(lam=0.0),
+    }
 
 
 def test_reward_model_and_ppo_arrive_where_dpo_does(
@@ -334,17 +335,17 @@ def run_with_the_kl_in_the_loss(
     estimator: Estimator,
     world: World = BANDIT,
     learning_rate: float = 0.03,
-    whiten_advantages: bool = False,
+    whiten: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Advantages as they are: whitened, they would stand in another unit than β."""
     kl = FixedKL(BETA, estimator, "loss")
-    settings = {"whiten_advantages": whiten_advantages, "learning_rate": learning_rate}
+    settings = {"advantages": GAE(whiten=whiten), "learning_rate": learning_rate}
     return run(base, folder, rollouts, world, kl=kl, **settings)
 
 
 def test_whitened_advantages_move_the_optimum_of_the_kl_in_the_loss(base: Base, tmp_path: Path) -> None:
     """They are divided by their standard deviation, and β is not."""
-    policy, reference = run_with_the_kl_in_the_loss(base, tmp_path, 25, "k2", whiten_advantages=True)
+    policy, reference = run_with_the_kl_in_the_loss(base, tmp_path, 25, "k2", whiten=True)
     assert distance(policy, BANDIT.optimum(reference)) > 0.2
 
 
@@ -376,7 +377,7 @@ def test_k2_as_loss_with_a_gradient_through_the_reference_does_not(
     def cancelled(logratio: Tensor, estimator: Estimator) -> Tensor:
         return estimate_kl(logratio.detach(), estimator)
 
-    monkeypatch.setattr(on_policy_file, "estimate_kl", cancelled)
+    monkeypatch.setattr(kl_file, "estimate_kl", cancelled)
     policy, reference = run_with_the_kl_in_the_loss(base, tmp_path, 8, "k2", learning_rate=0.1)
     assert distance(policy, BANDIT.optimum(reference)) > 2 * FAR
 
@@ -413,7 +414,7 @@ def at_the_optimum(base: Base, in_float64: None, monkeypatch: pytest.MonkeyPatch
 
     A critic's word about a response that has ended means nothing, and is nonsense here.
     """
-    module = make_ppo(base, SEQUENCES, whiten_advantages=False).double()
+    module = make_ppo(base, SEQUENCES, advantages=GAE(whiten=False)).double()
     reference = SEQUENCES.table(module, "reference")
     SEQUENCES.write_policy(module, SEQUENCES.optimum(reference))
     values = module.roles.heads["value"]

@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
-from rlhf_lit.algorithms import PPO
-from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.losses.advantages import generalised_advantages
-from rlhf_lit.losses.kl import AdaptiveKL, Estimator, FixedKL, estimate_kl, exact_kl
+from rlhf_lit.losses.kl import AdaptiveKL, Estimator, estimate_kl, exact_kl
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, ClippedValueLoss
 from rlhf_lit.losses.reductions import masked_mean, moments, row_sums, whiten
-from rlhf_lit.models.loading import Base
-from rlhf_lit.rollout.rewards import RewardFromFunction
+from rlhf_lit.rollout import collect
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "ppo.json").read_text())
 LAST, ORIGINAL = GOLDEN["last"], GOLDEN["original"]
@@ -46,9 +42,8 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
 
 def token_rewards(golden: dict[str, Any], logprobs: Tensor, beta: float, mask: Tensor) -> Tensor:
     """What PPO makes of the golden scores and log-probs, the score on the last action."""
-    ppo = PPO(Base(name="none"), RewardFromFunction(tiny.word_count), FixedKL(beta), critic=Critic(init="policy"))
     penalty = beta * estimate_kl(logprobs - tensor(golden["reference_logprobs"]), "k1")
-    return ppo._token_rewards(tensor(golden["scores"]), penalty, mask)
+    return collect.token_rewards(tensor(golden["scores"]), penalty, mask)
 
 
 def whiten_unbiased(values: Tensor, mask: Tensor, precision: torch.dtype) -> Tensor:
@@ -116,7 +111,7 @@ def test_last_losses_and_their_gradients(step: int) -> None:
     logprobs, values = tensor(update["logprobs"]).requires_grad_(), tensor(update["values"]).requires_grad_()
     old = tensor(LAST["old_logprobs"])
 
-    policy_loss = ClippedPolicyLoss(clip=settings["cliprange"])
+    policy_loss = ClippedPolicyLoss(clip_low=settings["cliprange"])
     value_loss = ClippedValueLoss(clip=settings["cliprange_value"], coefficient=settings["vf_coef"])
     policy = policy_loss(logprobs, old, tensor(LAST["whitened_advantages"]), actions, old)
     value, _ = value_loss(values, tensor(LAST["values"]), tensor(LAST["returns"]))
@@ -140,7 +135,7 @@ def test_last_clip_fractions() -> None:
     actions, past = mask_of(LAST["actions"]), mask_of(LAST["actions_and_one_past"])
     policy, value = [], []
     for update in LAST["updates"]:
-        terms = ClippedPolicyLoss(clip=settings["cliprange"])(
+        terms = ClippedPolicyLoss(clip_low=settings["cliprange"])(
             tensor(update["logprobs"]), old, tensor(LAST["whitened_advantages"]), actions, old
         )
         _, clipped = ClippedValueLoss(clip=settings["cliprange_value"])(
@@ -181,7 +176,7 @@ def test_original_rewards_advantages_and_losses() -> None:
     assert_equal(whitened[mask], tensor(ORIGINAL["whitened_advantages"])[mask])
 
     value_loss = ClippedValueLoss(clip=settings["cliprange_value"], coefficient=settings["vf_coef"])
-    policy = ClippedPolicyLoss(clip=settings["cliprange"])(
+    policy = ClippedPolicyLoss(clip_low=settings["cliprange"])(
         tensor(ORIGINAL["new_logprobs"]), logprobs, whitened, mask, logprobs
     )
     value, clipped = value_loss(tensor(ORIGINAL["new_values"]), values, returns)

@@ -29,7 +29,7 @@ from rlhf_lit.data import records
 from rlhf_lit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-EXTENDING = [ROOT / "docs" / "add_a_loss.md", ROOT / "docs" / "extending.md"]
+EXTENDING = [*sorted((ROOT / "docs").glob("add_a*.md")), ROOT / "docs" / "extending.md"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("README.md"))
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
@@ -266,7 +266,11 @@ RUNS = {
     "DPO": "positive",
     "PPO": "matching",
     "SimPO": "simpo",
+    "CISPO": "cispo",
+    "REINFORCE++": "reinforce",
+    "Variety": "variety",
 }
+TESTS = ("test_my_losses", "test_cispo", "test_reinforce", "test_my_source")
 
 
 @dataclass
@@ -304,7 +308,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
         patch.chdir(place)
         patch.setenv("HOME", str(place))  # the tokenisation cache
         patch.syspath_prepend(place)
-        import_module("test_my_losses")
+        for test in TESTS:
+            import_module(test)
         for command in typed:
             assert main(shlex.split(command)[3:]) == 0, command
         for algorithm, data in (
@@ -343,7 +348,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             assert main([*argv, f"--name={name}"]) == 0
             result.take(run, place / "runs" / name)
     yield result
-    for module in ("my_losses", "test_my_losses", "my_rewards", "my_kl", "simpo"):
+    for module in ("my_losses", "my_rewards", "my_source", "my_kl", "simpo", "cispo", "reinforce", *TESTS):
         sys.modules.pop(module, None)
     torch.set_grad_enabled(True)
 
@@ -388,6 +393,55 @@ def test_the_test_of_the_page_passes_and_can_fail(ran: Ran) -> None:
         patch.setattr(loss, "logratios", lambda self, pairs: (pairs.rejected_logratio, pairs.chosen_logratio))
         with pytest.raises(AssertionError):
             page.test_by_hand()
+
+
+def test_the_policy_loss_of_the_page_clips_and_its_test_can_fail(ran: Ran) -> None:
+    assert [row for row in ran.rows["CISPO"] if row["policy/clipfrac"]]
+    page, loss = sys.modules["test_cispo"], sys.modules["cispo"]
+    page.test_gradient_by_hand()
+    with pytest.MonkeyPatch.context() as patch:
+        attached = sys.modules["rlhf_lit.losses.policy_gradient"].token_ratio
+        patch.setattr(loss, "token_ratio", lambda *logprobs: Attached(attached(*logprobs)))
+        with pytest.raises(AssertionError):
+            page.test_gradient_by_hand()
+
+
+class Attached(torch.Tensor):
+    """A ratio whose gradient is not stopped."""
+
+    def detach(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_the_estimator_of_the_page_is_at_work_and_its_test_can_fail(ran: Ran) -> None:
+    assert "rollout/zero_advantages" not in ran.columns("REINFORCE++"), "which RLOO's own estimator logs"
+    page, file = sys.modules["test_reinforce"], sys.modules["reinforce"]
+    page.test_by_hand()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file.RolloutRewards, "whitened", lambda self, advantages: advantages)
+        with pytest.raises(AssertionError):
+            page.test_by_hand()
+
+
+def test_the_reward_class_of_the_page_is_logged_beside_the_function(ran: Ran) -> None:
+    for row in ran.rows["Variety"]:
+        if row["objective/scores"]:
+            variety, matches = (float(row[f"objective/scores/{name}"]) for name in ("variety", "matches"))
+            assert 0 < variety <= 2
+            assert float(row["objective/scores"]) == pytest.approx(0.5 * variety + matches, abs=1e-5)
+    sys.modules["test_my_source"].test_by_hand()
+
+
+@pytest.mark.parametrize(("page", "file", "lines"), [("policy_loss", "cispo", 15), ("an_advantage", "reinforce", 20)])
+def test_a_member_of_a_family_is_a_short_file(page: str, file: str, lines: int) -> None:
+    (found,) = (
+        block
+        for path in EXTENDING
+        if page in path.name
+        for block in blocks(path, "python")
+        if block.startswith(f"# {file}.py")
+    )
+    assert len([line for line in found.splitlines()[1:] if line.strip()]) <= lines
 
 
 def test_the_reward_and_the_controller_of_the_page_are_at_work(ran: Ran) -> None:

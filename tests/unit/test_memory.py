@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # experiments are not part o
 from experiments.benchmarks.memory import run
 from rlhf_lit.algorithms import DPO, SFT
 from rlhf_lit.batches import ExperienceBatch, PromptBatch
-from rlhf_lit.data.loader import RolloutLoader
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.memory.bench import Bench, Machine
@@ -29,6 +28,7 @@ from rlhf_lit.memory.worst_case import Shape, WorstCase, worst_shapes
 from rlhf_lit.models import logprobs
 from rlhf_lit.models.loading import Base, LoRA
 from rlhf_lit.rollout.engine import Sampling
+from rlhf_lit.rollout.loop import RolloutLoader
 
 # --- the counter, by hand --------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from rlhf_lit.algorithms import DPO, GRPO, KTO, RLOO, SFT, RewardModel
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.batches import Sequences
+from rlhf_lit.losses.advantages import GroupRelative
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
@@ -105,7 +106,7 @@ def grpo(base: Base) -> Case:
     """Dr. GRPO, with the KL in the loss."""
     policy_loss = ClippedPolicyLoss(aggregation="constant")
     module = tiny.make_on_policy(
-        GRPO, base, kl=FixedKL(0.3, "k3", "loss"), scale_advantages=False, policy_loss=policy_loss
+        GRPO, base, kl=FixedKL(0.3, "k3", "loss"), advantages=GroupRelative("none"), policy_loss=policy_loss
     )
     experience = module.rollout(tiny.repeated(tiny.prompts(4), 2), 0)
     tiny.disturb(module, 0.03)

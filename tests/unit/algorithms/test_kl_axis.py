@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rlhf_lit.algorithms import GRPO, PPO
 from rlhf_lit.batches import ExperienceBatch
+from rlhf_lit.losses.advantages import GAE
 from rlhf_lit.losses.kl import AdaptiveKL, Estimator, FixedKL, Placement
 from rlhf_lit.models import logprobs as logprobs_module
 from rlhf_lit.models.loading import Base
@@ -22,7 +24,7 @@ COMBINATIONS = list(product(get_args(Estimator), get_args(Placement)))
 
 def moved(llama: str, kl: FixedKL | AdaptiveKL) -> PPO:
     """PPO in float64 whose policy has left its reference; returns are sums of rewards."""
-    module = tiny.make_ppo(Base(name=llama), kl=kl, lam=1.0, whiten_advantages=False).double()
+    module = tiny.make_ppo(Base(name=llama), kl=kl, advantages=GAE(lam=1.0, whiten=False)).double()
     tiny.disturb(module.roles.models["policy"], 0.05)
     return module
 
@@ -53,12 +55,12 @@ def test_the_reward_carries_the_penalty_that_is_placed_there_and_no_other(
     experience = module.rollout(tiny.prompts(), 0)
     mask = experience.sequences.mask
     penalty = torch.where(mask, 0.2 * by_hand(module, experience, estimator).detach(), 0.0)
-    scores = module._rollout_metrics["objective/scores"]
+    scores = module.rollout_metrics["objective/scores"]
     first = mask.int().argmax(-1)
     returned = experience.returns[torch.arange(len(first)), first].mean()
     expected = scores - (penalty.sum(-1).mean() if placement == "reward" else 0.0)
     assert float(returned) == pytest.approx(float(expected), abs=1e-5)
-    assert float(module._rollout_metrics["objective/rlhf_reward"]) == pytest.approx(float(expected), abs=1e-5)
+    assert float(module.rollout_metrics["objective/rlhf_reward"]) == pytest.approx(float(expected), abs=1e-5)
     assert float(penalty.abs().sum()) > 0.1
 
 
@@ -100,7 +102,7 @@ def test_micro_batches_change_nothing(llama: str, estimator: Estimator, placemen
 def test_the_penalty_is_zero_at_the_reference(llama: str, placement: Placement) -> None:
     module = tiny.make_ppo(Base(name=llama), kl=FixedKL(0.2, estimator="full", placement=placement))
     experience = module.rollout(tiny.prompts(), 0)
-    assert float(module._rollout_metrics["objective/non_score_reward"]) == 0.0
+    assert float(module.rollout_metrics["objective/non_score_reward"]) == 0.0
     totals = [share.metrics for share in module.losses(experience, module.denominators(experience))]
     assert sum(float(metrics.get("policy/kl_loss", 0.0)) for metrics in totals) == pytest.approx(0.0, abs=1e-7)
 
@@ -124,7 +126,7 @@ def test_one_line_says_what_a_combination_converges_to(
     llama: str, capsys: pytest.CaptureFixture[str], estimator: Estimator, placement: Placement
 ) -> None:
     kl = FixedKL(0.2, estimator=estimator, placement=placement)
-    module = tiny.make_ppo(Base(name=llama), kl=kl, whiten_advantages=False)
+    module = tiny.make_ppo(Base(name=llama), kl=kl, advantages=GAE(whiten=False))
     capsys.readouterr()  # what loading had to say
     module.on_fit_start()
     said = capsys.readouterr().err
@@ -138,7 +140,7 @@ def test_one_line_says_what_a_combination_converges_to(
 @pytest.mark.parametrize(("estimator", "placement"), [("k1", "reward"), ("k2", "loss"), ("full", "loss")])
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [(PPO, {"whiten_advantages": True, "critic": tiny.Critic(init="policy")}), (GRPO, {"scale_advantages": True})],
+    [(PPO, {"critic": tiny.Critic(init="policy")}), (GRPO, {})],
 )
 def test_one_line_says_that_rescaled_advantages_have_another_unit_than_beta(
     llama: str,
@@ -149,7 +151,7 @@ def test_one_line_says_that_rescaled_advantages_have_another_unit_than_beta(
     settings: dict[str, Any],
 ) -> None:
     module = tiny.make_on_policy(kind, Base(name=llama), kl=FixedKL(0.2, estimator, placement), **settings)
-    module.compares_responses = False  # no data module here
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(samples_per_prompt=2))
     capsys.readouterr()
     module.on_fit_start()
     said = capsys.readouterr().err

@@ -13,6 +13,7 @@ from rlhf_lit.algorithms import GRPO, PPO, RLOO
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import ExperienceBatch
 from rlhf_lit.errors import UserError
+from rlhf_lit.losses.advantages import GAE, GroupRelative, LeaveOneOut
 from rlhf_lit.losses.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.models.anatomy import unwrapped
@@ -70,23 +71,23 @@ def test_rloo_compares_each_response_with_the_others_to_its_prompt(llama: str) -
     torch.testing.assert_close(experience.returns - experience.values, experience.advantages)
 
 
-@pytest.mark.parametrize("scale", [True, False])
-def test_grpo_ranks_each_response_among_those_to_its_prompt(llama: str, scale: bool) -> None:
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_grpo_ranks_each_response_among_those_to_its_prompt(llama: str, scale: Any) -> None:
     """The KL stands in the loss, so R is the score alone."""
-    module = moved(GRPO, llama, kl=FixedKL(0.2, "k3", "loss"), scale_advantages=scale)
+    module = moved(GRPO, llama, kl=FixedKL(0.2, "k3", "loss"), advantages=GroupRelative(scale))
     experience = module.rollout(groups(), 0)
     expected = []
     for group in totals(module, experience):
         mean = sum(group) / SAMPLES
         deviation = math.sqrt(sum((own - mean) ** 2 for own in group) / (SAMPLES - 1))
-        expected += [(own - mean) / (deviation + 1e-4 if scale else 1.0) for own in group]
+        expected += [(own - mean) / (deviation + 1e-4 if scale == "group" else 1.0) for own in group]
     torch.testing.assert_close(last_tokens(experience, "advantages"), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_responses_that_are_all_alike_are_counted(llama: str) -> None:
     module = moved(GRPO, llama, reward=RewardFromFunction(first_prompt_differs), kl=FixedKL(0.0))
     module.rollout(groups(), 0)
-    assert module._rollout_metrics["rollout/zero_advantages"] == pytest.approx((PROMPTS - 1) / PROMPTS)
+    assert module.rollout_metrics["rollout/zero_advantages"] == pytest.approx((PROMPTS - 1) / PROMPTS)
 
 
 def first_prompt_differs(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
@@ -130,7 +131,7 @@ def test_scores_are_shaped_before_the_penalty_joins_them(llama: str) -> None:
         assert not ended.all()
         rewards = record.rewards.sum(-1) + record.penalty.sum(-1)
         torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-4)
-        metrics = module._rollout_metrics
+        metrics = module.rollout_metrics
         assert metrics["objective/scores"] == pytest.approx(float(record.scores.raw.mean()), abs=1e-5)
         assert metrics["objective/shaped_scores"] == pytest.approx(float(expected.mean()), abs=1e-5)
 
@@ -295,8 +296,8 @@ def test_warming_up_moves_the_critic_alone(llama: str, tmp_path: Path, lora: LoR
     critic = Critic(init="policy", trunk=trunk, warmup=2)
     for steps, policy_moves in ((2, False), (3, True)):
         module = PPO(
-            Base(name=llama, lora=lora), RewardFromFunction(tiny.word_count), FixedKL(0.1), Sampling(max_new_tokens=4),
-            critic=critic, learning_rate=1e-2,
+            Base(name=llama, lora=lora), RewardFromFunction(tiny.word_count), FixedKL(0.1),
+            sampling=Sampling(max_new_tokens=4), critic=critic, learning_rate=1e-2,
         )  # fmt: skip
         tiny.build(module)
         before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
@@ -342,7 +343,8 @@ def test_a_critic_on_the_trunk_costs_no_pass_of_its_own(llama: str, lora: LoRA |
     module.zero_grad()
     denominators = module.denominators(batch)
     with module.roles.acting("value") as model:
-        module.value_share(model, batch, denominators).loss.backward()
+        values = token_values(model, module.roles.heads["value"], batch.sequences)
+        module.value_term(values, batch, denominators).loss.backward()
     for share in OnPolicy.losses(module, batch, denominators):
         share.loss.backward()
     apart = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
@@ -382,13 +384,17 @@ def test_the_critic_has_a_learning_rate_of_its_own(llama: str, tmp_path: Path) -
         ({"sampling": Sampling(top_k=5)}, r"sampling\.top_k, sampling\.top_p: .* leave them null"),
         ({"sampling": Sampling(top_p=0.9)}, r"sampling\.top_k, sampling\.top_p"),
         ({"max_update_kl": 0.0}, r"max_update_kl must be greater than 0"),
-        ({"gamma": 1.5}, r"gamma must lie in \[0, 1\]"),
-        ({"lam": -0.1}, r"lam must lie in \[0, 1\]"),
+        ({"advantages": LeaveOneOut()}, r"model\.advantages: LeaveOneOut reads no critic; use RLOO, not PPO"),
     ],
 )
 def test_bad_settings_get_one_line(llama: str, settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         small_ppo(llama, **settings)
+
+
+def test_without_a_critic_its_values_cannot_be_read(llama: str) -> None:
+    with pytest.raises(UserError, match=r"model\.advantages: GAE reads a critic; use PPO, not RLOO"):
+        RLOO(Base(name=llama), RewardFromFunction(tiny.word_count), FixedKL(0.1), advantages=GAE())
 
 
 @pytest.mark.parametrize(("setting", "value"), [("learning_rate", 0.0), ("warmup", -1)])
@@ -399,7 +405,7 @@ def test_bad_critics_get_one_line(setting: str, value: Any) -> None:
 
 @pytest.mark.parametrize("kind", [RLOO, GRPO])
 def test_one_response_to_a_prompt_has_nothing_to_be_compared_with(kind: Any, llama: str, tmp_path: Path) -> None:
-    module = kind(Base(name=llama), RewardFromFunction(tiny.word_count), FixedKL(0.1), Sampling(max_new_tokens=4))
+    module = kind(Base(name=llama), RewardFromFunction(tiny.word_count), FixedKL(0.1))
     with pytest.raises(UserError, match=rf"data\.samples_per_prompt: {kind.__name__} .* 2 or more"):
         fit(module, tmp_path, 1)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lit.algorithms import PPO
+from rlhf_lit.losses.advantages import GAE
 from rlhf_lit.losses.kl import AdaptiveKL
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base
@@ -18,7 +19,7 @@ from rlhf_lit.rollout.shaping import Shaping
 
 def moved(llama: str, **settings: object) -> PPO:
     """PPO whose policy has left its reference, with λ = γ = 1 and nothing whitened: returns are sums of rewards."""
-    module = tiny.make_ppo(Base(name=llama), **{"lam": 1.0, "whiten_advantages": False, **settings})
+    module = tiny.make_ppo(Base(name=llama), **{"advantages": GAE(lam=1.0, whiten=False), **settings})
     tiny.disturb(module.roles.models["policy"], 0.05)
     return module
 
@@ -52,7 +53,7 @@ def test_returns_are_the_score_at_the_last_token_minus_the_penalty_to_come(llama
 
 def test_the_score_sits_on_the_last_real_token_alone(llama: str) -> None:
     """With γ = ½ a score k tokens ahead counts 2^−k of itself."""
-    module = moved(llama, gamma=0.5, kl=tiny.FixedKL(0.0))
+    module = moved(llama, advantages=GAE(0.5, 1.0, whiten=False), kl=tiny.FixedKL(0.0))
     experience = module.rollout(tiny.prompts(), 0)
     mask = experience.sequences.mask
     ahead = mask.flip(1).cumsum(1).flip(1) - 1
@@ -85,7 +86,7 @@ def test_missing_eos_reaches_the_scores(llama: str) -> None:
 
 
 def test_advantages_are_whitened_over_the_rollouts_tokens(llama: str) -> None:
-    module = moved(llama, whiten_advantages=True)
+    module = moved(llama, advantages=GAE(lam=1.0))
     experience = module.rollout(tiny.prompts(), 0)
     real = experience.advantages[experience.sequences.mask]
     assert float(real.mean()) == pytest.approx(0, abs=1e-5)
@@ -97,7 +98,7 @@ def test_advantages_are_whitened_over_the_rollouts_tokens(llama: str) -> None:
 def test_the_logged_numbers_are_those_of_the_rollout(llama: str) -> None:
     module = moved(llama)
     experience = module.rollout(tiny.prompts(), 0)
-    logged = {name: float(value) for name, value in module._rollout_metrics.items()}
+    logged = {name: float(value) for name, value in module.rollout_metrics.items()}
     sequences = experience.sequences
     kl = row_sums(k1(module, sequences), sequences.mask)
     scores = scores_of(module, sequences)
@@ -121,8 +122,8 @@ def test_the_adaptive_coefficient_moves_after_the_rollout(llama: str) -> None:
     for i in range(2):
         before = module.kl_coefficient
         module.rollout(tiny.prompts(), i)
-        kl = float(module._rollout_metrics["objective/kl"])
-        assert module._rollout_metrics["objective/kl_coef"] == pytest.approx(before)
+        kl = float(module.rollout_metrics["objective/kl"])
+        assert module.rollout_metrics["objective/kl_coef"] == pytest.approx(before)
         assert module.kl_coefficient == pytest.approx(before * (1 + (0.2 if kl > 0 else -0.2) * 8 / 100))
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)

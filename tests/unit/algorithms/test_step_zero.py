@@ -88,9 +88,9 @@ def test_ppo_to_the_bit_with_equal_micro_batches(base: Base, temperature: float)
     assert totals["policy/approxkl"] == 0.0
     assert totals["policy/clipfrac"] == 0.0
     assert totals["value/clipfrac"] == 0.0
-    assert module._rollout_metrics["objective/kl"] == 0.0
-    assert module._rollout_metrics["objective/kl_exact"] == 0.0
-    assert float(module._rollout_metrics["rollout/sampler_gap"]) < 1e-5
+    assert module.rollout_metrics["objective/kl"] == 0.0
+    assert module.rollout_metrics["objective/kl_exact"] == 0.0
+    assert float(module.rollout_metrics["rollout/sampler_gap"]) < 1e-5
     # The value loss starts at ½(V − R)² = ½A², of the advantages before whitening.
     mask = experience.sequences.mask
     error = (experience.returns - experience.values)[mask]
@@ -107,8 +107,8 @@ def test_ppo_within_rounding_whatever_the_micro_batches(base: Base, budget: int)
         assert totals["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
         assert totals["policy/approxkl"] < 1e-10
         assert totals["policy/clipfrac"] == 0.0
-    assert abs(float(module._rollout_metrics["objective/kl"])) < 1e-5
-    assert abs(float(module._rollout_metrics["objective/kl_exact"])) < 1e-5
+    assert abs(float(module.rollout_metrics["objective/kl"])) < 1e-5
+    assert abs(float(module.rollout_metrics["objective/kl_exact"])) < 1e-5
 
 
 def test_the_metrics_move_once_the_policy_does(llama: str) -> None:
@@ -121,7 +121,7 @@ def test_the_metrics_move_once_the_policy_does(llama: str) -> None:
     assert totals["policy/clipfrac"] > 0.05
     assert abs(totals["policy/ratio_mean"] - 1) > 1e-3
     module.rollout(tiny.prompts(), 1)
-    assert float(module._rollout_metrics["objective/kl_exact"]) > 0.05
+    assert float(module.rollout_metrics["objective/kl_exact"]) > 0.05
 
 
 def test_dropout_in_the_models_config_stays_off(tmp_path_factory: pytest.TempPathFactory) -> None:

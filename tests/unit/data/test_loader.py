@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, SupervisedBatch
-from rlhf_lit.data.loader import BatchLoader, RolloutLoader
+from rlhf_lit.data.loader import BatchLoader
 from rlhf_lit.errors import UserError
+from rlhf_lit.rollout.loop import RolloutLoader
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,20 @@
 """Generalised advantage estimation against the double sum that defines it."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lit.losses.advantages import generalised_advantages, group_relative, leave_one_out
+from rlhf_lit.losses.advantages import (
+    GAE,
+    GroupRelative,
+    LeaveOneOut,
+    RolloutRewards,
+    generalised_advantages,
+    group_relative,
+    leave_one_out,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 REWARDS, VALUES = torch.randn(2, 6, 12, generator=GENERATOR, dtype=torch.float64).unbind(0)
@@ -120,3 +130,49 @@ def test_autocast_does_not_round_what_responses_are_compared_with() -> None:
             within = function()
         for a, b in zip(plain, within, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# --- the family ------------------------------------------------------------------------------------------------------
+
+
+def rollout(values: Tensor | None = None) -> RolloutRewards:
+    """Four responses of up to two tokens, two to each of two prompts."""
+    rewards = torch.tensor([[0.5, 2.0], [-1.0, 0.0], [0.0, 4.0], [0.0, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    return RolloutRewards(rewards, mask, torch.tensor([7, 7, 3, 3]), values)
+
+
+def test_what_a_whole_response_is_worth_is_given_to_each_of_its_tokens() -> None:
+    found = LeaveOneOut()(rollout())
+    assert found.advantages.tolist() == [[3.5, 3.5], [-3.5, 0.0], [3.0, 3.0], [-3.0, -3.0]]
+    assert found.values.tolist() == [[-1.0, -1.0], [2.5, 0.0], [1.0, 1.0], [4.0, 4.0]]
+    torch.testing.assert_close(found.returns - found.values, found.advantages)
+    assert found.metrics == {"rollout/zero_advantages": 0.0}
+
+
+def test_scaling_by_the_group_or_not_at_all() -> None:
+    plain, scaled = (GroupRelative(scale)(rollout()).advantages[:, 0] for scale in ("none", "group"))
+    assert plain.tolist() == [1.75, -1.75, 1.5, -1.5]
+    deviations = torch.tensor([3.5 / 2**0.5, 3.0 / 2**0.5], dtype=torch.float64).repeat_interleave(2)
+    torch.testing.assert_close(scaled, plain / (deviations + 1e-4), rtol=0, atol=1e-12)
+    assert GroupRelative("group").rescales
+    assert not GroupRelative("none").rescales
+
+
+def test_gae_whitens_over_all_tokens_and_takes_returns_before() -> None:
+    values = torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 3.0], [0.5, 0.0]], dtype=torch.float64)
+    raw, whitened = (GAE(0.9, 0.8, whiten)(rollout(values)) for whiten in (False, True))
+    real = whitened.advantages[rollout().mask]
+    assert float(real.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(real.var(correction=0)) == pytest.approx(1, abs=1e-7)
+    torch.testing.assert_close(raw.returns, whitened.returns)
+    returns = raw.returns[rollout().mask]
+    left = returns - values[rollout().mask]
+    explained = 1 - float(left.var(correction=0) / returns.var(correction=0))
+    assert raw.metrics["value/explained_variance"] == pytest.approx(explained, abs=1e-12)
+
+
+@pytest.mark.parametrize(("setting", "bad"), [("gamma", 1.5), ("lam", -0.1), ("lam", math.nan)])
+def test_discounts_outside_of_0_to_1_are_refused(setting: str, bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"advantages\.{setting} must lie in \[0, 1\]"):
+        GAE(**{setting: bad})

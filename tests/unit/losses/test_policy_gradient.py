@@ -21,7 +21,7 @@ def loss_of(loss: ClippedPolicyLoss, logprobs: torch.Tensor, advantages: torch.T
 def test_policy_loss_by_hand() -> None:
     ratios = row(1.0, 1.1, 1.5, 0.5, 1.5, 0.5)
     advantages = row(2.0, 2.0, 2.0, 2.0, -2.0, -2.0)
-    losses, ratio, clipped, importance = loss_of(ClippedPolicyLoss(clip=0.2), ratios.log(), advantages)
+    losses, ratio, clipped, importance = loss_of(ClippedPolicyLoss(clip_low=0.2), ratios.log(), advantages)
     assert losses[0].tolist() == pytest.approx([-2.0, -2.2, -2.4, -1.0, 3.0, 1.6], abs=1e-12)
     assert ratio[0].tolist() == pytest.approx(ratios[0].tolist(), abs=1e-12)
     # Clipped only where the clip takes the gradient away: ρ up with A > 0, ρ down with A < 0.
@@ -36,7 +36,7 @@ def test_policy_gradient_stops_at_the_clip_boundary() -> None:
         for factor in (inside, outside):
             ratio = 1 + (edge - 1) * factor
             logprobs = row(math.log(ratio)).requires_grad_()
-            loss_of(ClippedPolicyLoss(clip=0.2), logprobs, row(advantage)).losses.sum().backward()
+            loss_of(ClippedPolicyLoss(clip_low=0.2), logprobs, row(advantage)).losses.sum().backward()
             expected = 0.0 if greedy and factor is outside else -advantage * ratio
             assert logprobs.grad is not None
             assert logprobs.grad.item() == pytest.approx(expected, abs=1e-12), (advantage, ratio)
@@ -76,7 +76,7 @@ def test_the_sequence_ratio_is_the_geometric_mean_of_its_tokens() -> None:
     logprobs = torch.tensor([[9.0, 0.1, 0.3], [0.0, 0.0, -0.5]], dtype=torch.float64).requires_grad_()
     mask = torch.tensor([[False, True, True], [True, False, True]])
     zero = torch.zeros_like(logprobs)
-    terms = ClippedPolicyLoss(clip=0.2, ratio="sequence")(logprobs, zero, torch.ones_like(zero), mask, zero)
+    terms = ClippedPolicyLoss(clip_low=0.2, ratio="sequence")(logprobs, zero, torch.ones_like(zero), mask, zero)
     assert terms.ratio[:, 2].tolist() == pytest.approx([math.exp(0.2), math.exp(-0.25)], abs=1e-12)
     assert terms.clipped[:, 2].tolist() == [True, False], "e^0.2 > 1.2 is clipped for the whole response"
     terms.losses[mask].sum().backward()
@@ -100,7 +100,7 @@ def test_importance_weights_are_truncated_and_carry_no_gradient() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "bad"),
-    [("clip", 1.0), ("dual_clip", 1.0), ("importance_cap", 0.0), ("entropy_coefficient", -0.1)],
+    [("clip_low", 1.0), ("clip_high", 0.0), ("dual_clip", 1.0), ("importance_cap", 0.0), ("entropy_coefficient", -0.1)],
 )
 def test_settings_without_a_meaning_are_refused(setting: str, bad: float) -> None:
     with pytest.raises(ValueError, match=rf"policy_loss\.{setting}.*{bad}"):
@@ -120,8 +120,8 @@ def test_value_loss_by_hand() -> None:
 
 @pytest.mark.parametrize("bad", [0.0, -0.2, math.nan])
 def test_clip_ranges_are_positive(bad: float) -> None:
-    with pytest.raises(ValueError, match=r"policy_loss\.clip"):
-        ClippedPolicyLoss(clip=bad)
+    with pytest.raises(ValueError, match=r"policy_loss\.clip_low"):
+        ClippedPolicyLoss(clip_low=bad)
     with pytest.raises(ValueError, match=r"value_loss\.clip"):
         ClippedValueLoss(clip=bad)
 
@@ -129,3 +129,24 @@ def test_clip_ranges_are_positive(bad: float) -> None:
 def test_negative_value_coefficient_is_refused() -> None:
     with pytest.raises(ValueError, match="coefficient"):
         ClippedValueLoss(coefficient=-1.0)
+
+
+def test_a_wider_clip_above_than_below_by_hand() -> None:
+    """Clip-higher: at A > 0 the loss is flat above 1.28 alone, at A < 0 below 0.8 alone."""
+    ratios = row(1.25, 1.4, 0.7, 0.7)
+    losses, _, clipped, _ = loss_of(
+        ClippedPolicyLoss(clip_low=0.2, clip_high=0.28), ratios.log(), row(1.0, 1.0, -1.0, 1.0)
+    )
+    assert losses[0].tolist() == pytest.approx([-1.25, -1.28, 0.8, -0.7], abs=1e-12)
+    assert clipped[0].tolist() == [False, True, True, False]
+
+
+def test_a_bound_above_1_is_allowed_above() -> None:
+    losses, _, _, _ = loss_of(ClippedPolicyLoss(clip_high=4.0), row(6.0).log(), row(1.0))
+    assert losses.item() == pytest.approx(-5.0)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_a_bound_above_without_a_meaning_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"policy_loss\.clip_high"):
+        ClippedPolicyLoss(clip_high=bad)

@@ -67,4 +67,4 @@ def test_step_zero_and_micro_batches() -> None:
     batch = PromptBatch(prompts, index, index * 0, ("",) * 6, tuple({} for _ in range(6)), 10_000)
     step = tiny.Step(ppo, ppo.rollout(batch, 0))
     assert step.totals["policy/approxkl"] == 0.0
-    assert ppo._rollout_metrics["objective/kl_exact"] == 0.0
+    assert ppo.rollout_metrics["objective/kl_exact"] == 0.0

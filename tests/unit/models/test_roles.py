@@ -154,7 +154,7 @@ def test_ppo_on_an_sft_adapter_has_three_adapters(sft_adapter: str) -> None:
     module = tiny.make_ppo(Base(name=sft_adapter))
     expected = bare(sft_adapter)
     experience = module.rollout(tiny.prompts(), 0)
-    assert module._rollout_metrics["objective/kl_exact"] == 0.0
+    assert module.rollout_metrics["objective/kl_exact"] == 0.0
     step = tiny.Step(module, experience)
     assert step.totals["policy/approxkl"] == 0.0
     assert not any(".reference." in name for name in step.gradients)

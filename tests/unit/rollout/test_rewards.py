@@ -268,7 +268,7 @@ def test_a_rollout_logs_the_mean_of_each_source(llama: str) -> None:
     }
     module = tiny.make_ppo(Base(name=llama), reward=RewardSum(sources, {"words": 1.0, "place": -2.0}))
     module.rollout(tiny.prompts(8), 0)
-    logged = module._rollout_metrics
+    logged = module.rollout_metrics
     assert logged["objective/scores/place"] == pytest.approx(3.5 / 8, abs=1e-6)
     assert logged["objective/scores/words"] > 0
     assert logged["objective/scores"] == pytest.approx(logged["objective/scores/words"] - 7 / 8, abs=1e-6)

@@ -11,7 +11,9 @@ import torch
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import PromptBatch
 from rlhf_lit.data import loader
-from rlhf_lit.data.loader import BatchLoader, RolloutLoader
+from rlhf_lit.data.loader import BatchLoader
+from rlhf_lit.rollout import loop
+from rlhf_lit.rollout.loop import RolloutLoader
 from rlhf_lit.trainer import timing
 
 
@@ -32,7 +34,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (timing, loader):
+    for module in (timing, loader, loop):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
