@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a hub by the tests or the quickstart.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: quickstart test soak check clean
+.PHONY: quickstart test soak check docs clean
 
 quickstart: .venv/ready
 	$(OFFLINE) $(BIN)/python -m rlhf_lit quickstart
@@ -22,6 +22,14 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documents and the API reference as one site: site/index.html. A broken link is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -31,4 +39,4 @@ check: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache *.egg-info
