@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_lit.batches.micro_batches import cut_by_tokens, cut_groups
 from rlhf_lit.batches.sequences import Record, Sequences, _narrow, _widen, common_prefix
+from rlhf_lit.errors import UserError
 
 
 class Batch(Record):
@@ -33,7 +34,7 @@ class Batch(Record):
 
     def answers(self) -> tuple[Sequences, ...]:
         """The sequences that are learned from, prompt and answer each; empty where they are still to be written."""
-        raise NotImplementedError
+        raise self._without("answers")
 
     def rows_of_answers(self) -> Tensor:
         """[sequences of one member of ``answers()``] the row of the batch that each belongs to."""
@@ -41,11 +42,14 @@ class Batch(Record):
 
     def dummy(self) -> Self:
         """Dummy batch of the same kind, whose pass gathers what any other's does (see ``Sequences.dummy``)."""
-        raise NotImplementedError
+        raise self._without("dummy")
 
     def micro_batches(self, packed: bool = False) -> Iterator[Self]:
         """Pieces of at most ``micro_batch_tokens`` tokens; of padded ones, if not ``packed``."""
-        raise NotImplementedError
+        raise self._without("micro_batches")
+
+    def _without(self, method: str) -> UserError:
+        return UserError(f"{type(self).__name__} has no {method}(), which every kind of batch must have (see Batch)")
 
     def __len__(self) -> int:
         raise NotImplementedError
