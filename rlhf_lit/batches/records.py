@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_lit.batches.micro_batches import Layout
 from rlhf_lit.batches.sequences import Record, Sequences, _narrow, _widen
+from rlhf_lit.errors import UserError
 
 
 class Batch(Record):
@@ -34,7 +35,7 @@ class Batch(Record):
 
     def answers(self) -> tuple[Sequences, ...]:
         """The sequences that are learned from, prompt and answer each; empty where they are still to be written."""
-        raise NotImplementedError
+        raise self._without("answers")
 
     def rows_of_answers(self) -> Tensor:
         """[sequences of one member of ``answers()``] the row of the batch that each belongs to."""
@@ -42,11 +43,14 @@ class Batch(Record):
 
     def dummy(self) -> Self:
         """Dummy batch of the same kind, whose pass gathers what any other's does (see ``Sequences.dummy``)."""
-        raise NotImplementedError
+        raise self._without("dummy")
 
     def micro_batches(self, layout: Layout = "padded") -> Iterator[Self]:
         """Pieces of at most ``micro_batch_tokens`` tokens, counted as ``layout`` lays them out."""
-        raise NotImplementedError
+        raise self._without("micro_batches")
+
+    def _without(self, method: str) -> UserError:
+        return UserError(f"{type(self).__name__} has no {method}(), which every kind of batch must have (see Batch)")
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -119,8 +119,22 @@ def _unknown_key(where: str, key: str, owner: str) -> str:
     if not owner or "." in key:
         return line
     module, name = owner.rsplit(".", 1)
-    known = [n for n in inspect.signature(getattr(import_module(module), name)).parameters if n != "self"]
+    known = list(_parameters(getattr(import_module(module), name)))
     return f"{line}; {name} has {', '.join(known) or 'none'}"
+
+
+def _parameters(kind: type) -> Iterator[str]:
+    """What a constructor takes; where it hands ``**rest`` on to its parent's, the parent's too."""
+    seen: set[str] = set()
+    for ancestor in kind.__mro__:
+        if "__init__" not in vars(ancestor):
+            continue
+        parameters = list(inspect.signature(vars(ancestor)["__init__"]).parameters.values())[1:]
+        named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        yield from (name for name in named if name not in seen)
+        seen.update(named)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return
 
 
 def _readable(kind: str) -> str:

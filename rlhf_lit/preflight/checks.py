@@ -67,6 +67,11 @@ def checks(module: Algorithm, data: TextDataModule | None, rank: int = 0, world:
     places = _places(len(known), TOKEN_ROWS, rank, world)
     rows = [known[place] for place in places]
     batch = data.first_seen(rows, places)
+    if not isinstance(batch, Batch | PromptBatch):
+        raise UserError(
+            f"data: {type(data).__name__} makes {type(batch).__name__}, which is no kind of batch: derive it from "
+            "rlhf_lit.batches.Batch"
+        )
     failed = False
     for check in token_checks(module, batch, [row["row"] for row in rows]):
         failed |= check.verdict == "failed"

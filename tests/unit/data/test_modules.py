@@ -240,6 +240,22 @@ def test_the_built_in_worlds_splits_are_disjoint() -> None:
     assert not texts[0] & texts[1]
 
 
+def test_parts_of_two_worlds_are_refused() -> None:
+    """Each seed splits the world otherwise: what one holds out, another may train on."""
+    with pytest.raises(UserError, match=r"^data.validation.world.seed: 0 splits .* data.train.world.seed: 3, .* alike"):
+        RolloutDataModule(
+            train=Source("playground", world=World(seed=3)), validation=Source("playground", split="held_out")
+        )
+
+
+def test_a_world_belongs_to_the_playground_alone() -> None:
+    assert Source("rows.jsonl", world=World()).world == World()
+    with pytest.raises(
+        UserError, match=r"^world: it makes up the rows of the path playground alone, not those of rows"
+    ):
+        Source("rows.jsonl", world=World(seed=3))
+
+
 # --- what the user can get wrong -------------------------------------------------------------------------------------
 
 
