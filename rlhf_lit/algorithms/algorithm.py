@@ -10,7 +10,7 @@ Left out: automatic optimisation, gradient accumulation as a setting of its own,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from rlhf_lit.batches import Record
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.compilation import compile_layers
-from rlhf_lit.models.flat import drawn, plain_name
 from rlhf_lit.models.flops import Pass, flops, peak_flops
 from rlhf_lit.models.loading import Base, load_tokenizer, require_embeddings
 from rlhf_lit.models.packing import packs
-from rlhf_lit.parallel.sharding import is_sharded, passes, shard
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import reseed
 from rlhf_lit.training import checkpoint as checkpoints
 from rlhf_lit.training import reduction
@@ -147,15 +146,13 @@ class Algorithm(LightningModule):
         return load_tokenizer(self.base)
 
     def configure_model(self) -> None:
-        """Build the models, once, and spread them over the ranks where the strategy says so (it set a mesh)."""
+        """Build the models, once."""
         if self._built:
             return
         self.build()
         require_embeddings(self, len(self.tokenizer))
         if self.base.compile:
             compile_layers(self)
-        if self._device_mesh is not None:
-            shard(self, self._device_mesh["data_parallel"])
         self._built = True
 
     @property
@@ -188,7 +185,7 @@ class Algorithm(LightningModule):
         totals: dict[str, Tensor] = {}
         with reduction.local_gradients(self.trainer):
             for micro_batch in self.in_step(batch):
-                for term in drawn(self, self.losses(micro_batch, denominators)):
+                for term in self.losses(micro_batch, denominators):
                     self.manual_backward(0 * term.loss if self.on_dummy else term.loss)
                     self._add(totals, term)
         norm = reduction.reduce_and_clip(self, self.moving_parameters(), self.optimizer_settings.max_grad_norm)
@@ -206,8 +203,8 @@ class Algorithm(LightningModule):
         self._log_flops(list(self.model_passes(batch)), seconds)
 
     def in_step(self, batch: Any) -> Iterator[Any]:
-        """The micro-batches of a batch; where models are sharded, then dummies as long as another rank has more."""
-        for micro_batch, counts in passes(self, self.micro_batches(batch), batch.dummy):
+        """The micro-batches of a batch, and dummies where all ranks must run the same number of passes."""
+        for micro_batch, counts in sharding_of(self).passes(self.micro_batches(batch), batch.dummy):
             self.on_dummy = not counts
             yield micro_batch
         self.on_dummy = False
@@ -236,17 +233,6 @@ class Algorithm(LightningModule):
     sum_over_ranks = reduction.sum_over_ranks
     max_over_ranks = reduction.max_over_ranks
 
-    def forward(self, function: Callable[[], Any]) -> Any:
-        """What is called inside the algorithm's own pass (see ``models.flat``)."""
-        return function()
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Under the names that they have where no strategy adds its own."""
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            yield plain_name(name), parameter
-
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer steps."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -262,11 +248,6 @@ class Algorithm(LightningModule):
     def configure_optimizers(self) -> Any:
         if not self.trainable_parameters():
             raise UserError(f"base.name: nothing of {self.base.name} is trainable")
-        if is_sharded(self) and self.optimizer_settings.name != "adamw":
-            raise UserError(
-                f"model.optimizer.name: {self.optimizer_settings.name} knows no sharded weights; set it to adamw, "
-                "whose state is spread over the ranks too"
-            )
         optimizer = self.optimizer_settings.build(self.parameter_groups())
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -301,9 +282,8 @@ class Algorithm(LightningModule):
 
     def _evaluation_step(self, batch: Any, batch_idx: int, stage: str) -> None:
         self.prepare(batch)
-        if len(batch) or is_sharded(self):
-            reseed("validation", self.global_step, batch_idx, self.global_rank)
-            self.evaluate(batch, stage)
+        reseed("validation", self.global_step, batch_idx, self.global_rank)
+        self.evaluate(batch, stage)
 
     def evaluate(self, batch: Any, stage: str) -> None:
         """Average the batch's numbers into the stage's, weighted by what the batch is counted in."""

@@ -23,7 +23,7 @@ from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
-from rlhf_lit.parallel.sharding import passes
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.engine import Sampling
 
 
@@ -69,7 +69,8 @@ class KTO(OfflineAlgorithm):
         """z = max(0, mean Δ of the mismatched responses), over the whole batch on all ranks."""
         total = torch.zeros((), device=self.device)
         groups = cut_by_tokens(batch.mismatched.lengths.cpu(), SCORING_BUDGET * batch.micro_batch_tokens)
-        for part, counts in passes(self, (batch.select(rows) for rows in groups), batch.dummy):
+        parts = (batch.select(rows) for rows in groups)
+        for part, counts in sharding_of(self).passes(parts, batch.dummy):
             found = self._logratios(part.mismatched, part.reference_mismatched).sum()
             total = total + found if counts else total
         count = self.sum_over_ranks(torch.tensor(float(len(batch)), device=self.device))

@@ -31,7 +31,7 @@ from rlhf_lit.models.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_lit.models.packing import response_states
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.score_pass import Comparison, compare_with_reference, exact_kl_to_reference
-from rlhf_lit.parallel.sharding import passes
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import reseed
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.record import RolloutRecord, Scores
@@ -244,7 +244,7 @@ class OnPolicy(Writer, Algorithm):
         """Policy and reference on the sampled responses, in micro-batches. [rows, time] each."""
         comparison = Comparison.empty(sequences, self.roles.value_on_trunk)
         groups = sequences.cut_responses(SCORING_BUDGET * budget, self.packed)
-        for rows, counts in passes(self.roles, groups, no_rows):
+        for rows, counts in sharding_of(self.roles).passes(groups, no_rows):
             rows = rows.to(sequences.tokens.device)
             part = compare_with_reference(self.roles, sequences.part(rows), self.sampling.temperature)
             if counts:
@@ -408,7 +408,7 @@ class OnPolicy(Writer, Algorithm):
         comparison = self._score_pass(samples.sequences, batch.micro_batch_tokens)
         mask = samples.sequences.mask
         scores = self.raw_scores(batch, samples, self.response_texts(samples))
-        if not len(batch):  # this rank only kept step with the others
+        if not len(batch):  # this rank ran the passes of the others alone
             return
         means = {
             "scores": scores.mean(),

@@ -31,7 +31,7 @@ from rlhf_lit.models.loading import Base
 from rlhf_lit.models.packing import response_states
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.models.score_pass import Comparison
-from rlhf_lit.parallel.sharding import passes
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.rollout.shaping import Shaping
@@ -125,7 +125,8 @@ class PPO(OnPolicy):
     def _values(self, sequences: Sequences, budget: int) -> Tensor:
         """[rows, time] of a critic with a pass of its own, in micro-batches of ``budget`` tokens."""
         values = torch.zeros(sequences.tokens.shape, device=sequences.tokens.device)
-        for rows, counts in passes(self.roles, sequences.cut_responses(budget, self.packed), no_rows):
+        groups = sequences.cut_responses(budget, self.packed)
+        for rows, counts in sharding_of(self.roles).passes(groups, no_rows):
             rows = rows.to(values.device)
             part = sequences.part(rows)
             with self.roles.acting("value") as model:

@@ -30,7 +30,7 @@ from rlhf_lit.models.flops import Pass
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, load_scorer
 from rlhf_lit.models.packing import pair_states
-from rlhf_lit.parallel.sharding import assign, at_hand, gathered, is_sharded, reshard
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.rewards import score_sequences
 
 
@@ -196,8 +196,6 @@ class RewardModel(Algorithm):
     def predict_step(self, batch: PreferenceBatch | RankedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """The scores of both sides of each pair, or of each answer of a list (none where the last batch is smaller than
         the number of ranks)."""
-        if not len(batch) and not is_sharded(self):
-            return []
         if isinstance(batch, RankedBatch):
             scores = score_sequences(self.scorer, batch.sequences, batch.micro_batch_tokens)
             return [{"scores": part.tolist()} for part in scores.split(batch.counts.tolist())]
@@ -228,16 +226,16 @@ class RewardModel(Algorithm):
         self.scorer.eval()
         found: list[Tensor] = []
         reference: list[Tensor] = []
-        with at_hand(self):
-            for batch in batches:
-                for part in self.micro_batches(batch.to(self.device)):
-                    compared = part.comparisons()
-                    # Without a scale to find, the preferred ones are enough.
-                    rows = torch.arange(len(compared.best), device=compared.best.device)
-                    rows = rows if self.unit_variance else rows[compared.best]
-                    found.append(self.scores(compared.answers.select(rows)).double())
-                    reference.append(compared.best[rows])
-        reshard(self)  # all ranks made the same passes
+        sharding = sharding_of(self)
+        for batch in batches:
+            for part in self.micro_batches(batch.to(self.device)):
+                compared = part.comparisons()
+                # Without a scale to find, the preferred ones are enough.
+                rows = torch.arange(len(compared.best), device=compared.best.device)
+                rows = rows if self.unit_variance else rows[compared.best]
+                found.append(self.scores(compared.answers.select(rows)).double())
+                reference.append(compared.best[rows])
+        sharding.reshard()  # all ranks made the same passes
         self.scorer.train(training)
         scores = torch.cat(found)
         mean, spread = float(scores[torch.cat(reference)].mean()), float(scores.std(correction=0))
@@ -246,7 +244,7 @@ class RewardModel(Algorithm):
             _note(f"the scores of {len(scores)} responses are {what}: they were not normalised")
             return
         scale = 1 / spread if self.unit_variance else 1.0
-        head = {name: gathered(parameter).clone() for name, parameter in self._head().items()}
+        head = {name: sharding.gathered(parameter).clone() for name, parameter in self._head().items()}
         bias = reward_bias(unwrapped(self.scorer))
         self._put({name: value * scale for name, value in head.items()}, (bias - mean) * scale)
         before = self.normalisation
@@ -264,7 +262,7 @@ class RewardModel(Algorithm):
     @torch.no_grad()
     def _put(self, head: dict[str, Tensor], bias: float) -> None:
         for name, parameter in self._head().items():
-            assign(parameter, head[name])
+            sharding_of(self).assign(parameter, head[name])
         unwrapped(self.scorer).config.reward_bias = bias
 
     # A checkpoint holds the head as it was trained, and the normalisation beside it: a run that goes on is the same to

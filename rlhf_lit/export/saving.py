@@ -24,7 +24,7 @@ def save_hf(module: Algorithm, folder: Path, weights: dict[str, Tensor] | None =
     Args:
         module: with its models built.
         folder: where to.
-        weights: of a sharded model, gathered (``models.sharding.whole_weights``).
+        weights: of a sharded model, gathered (``FSDP2.whole_weights``).
     """
     write_model(module.trained_model, module.tokenizer, folder, isinstance(module, RewardModel), weights)
 

@@ -25,7 +25,7 @@ from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer
 from rlhf_lit.models.packing import packs, response_states
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.parallel.sharding import passes
+from rlhf_lit.parallel.sharding import sharding_of
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
 
@@ -174,7 +174,8 @@ def score_sequences(model: nn.Module, sequences: Sequences, budget: int) -> Tens
 def _in_pieces(model: nn.Module, head: nn.Module, sequences: Sequences, budget: int) -> Tensor:
     """[rows] the head's scores, in micro-batches of at most ``budget`` tokens."""
     scores = torch.zeros(len(sequences), device=sequences.tokens.device)
-    for rows, counts in passes(model, sequences.cut_responses(budget, packs(model)), no_rows):
+    groups = sequences.cut_responses(budget, packs(model))
+    for rows, counts in sharding_of(model).passes(groups, no_rows):
         rows = rows.to(scores.device)
         part = sequences.part(rows)
         found = sequence_scores(model, head, part, response_states(model, part)).to(scores.dtype)
