@@ -209,7 +209,7 @@ class RewardFromFunction(RewardSource):
         rows: list[dict[str, Any]],
         budget: int,
     ) -> Tensor:
-        if not responses:  # of a rank that only keeps step with the others
+        if not responses:  # of a rank without rows, which runs the passes of the others
             return torch.zeros(0, device=sequences.tokens.device)
         try:
             scores = self.function(prompts, responses, rows)
