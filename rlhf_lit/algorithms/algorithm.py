@@ -23,7 +23,7 @@ from rlhf_lit.models.compilation import compile_layers
 from rlhf_lit.models.flops import count_flops, uncounted
 from rlhf_lit.models.loading import Base, load_tokenizer, require_embeddings
 from rlhf_lit.models.packing import layout_of
-from rlhf_lit.parallel.sharding import shard, sharding_of
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import reseed
 from rlhf_lit.training import checkpoint as checkpoints
 from rlhf_lit.training import evaluation, reduction
@@ -174,15 +174,13 @@ class Algorithm(LightningModule):
         return load_tokenizer(self.base)
 
     def configure_model(self) -> None:
-        """Build the models, once, and spread them over the ranks where the strategy says so (it set a mesh)."""
+        """Build the models, once. A sharding strategy takes them from here."""
         if self._built:
             return
         self.build()
         require_embeddings(self, len(self.tokenizer))
         if self.base.compile:
             compile_layers(self)
-        if self._device_mesh is not None:
-            shard(self, self._device_mesh["data_parallel"])
         self._built = True
 
     def trainable_parameters(self) -> list[nn.Parameter]:

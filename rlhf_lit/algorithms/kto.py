@@ -25,7 +25,7 @@ from rlhf_lit.models.flops import uncounted
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.packing import layout_of
-from rlhf_lit.parallel.sharding import passes
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.engine import Sampling
 
 
@@ -71,7 +71,8 @@ class KTO(OfflineAlgorithm):
         """z = max(0, mean Δ of the mismatched responses), over the whole batch on all ranks."""
         total = torch.zeros((), device=self.device)
         groups = batch.mismatched.cut_responses(SCORING_BUDGET * batch.micro_batch_tokens, layout_of(self))
-        for part, counts in passes(self, (batch.select(rows) for rows in groups), batch.dummy):
+        parts = (batch.select(rows) for rows in groups)
+        for part, counts in sharding_of(self).passes(parts, batch.dummy):
             with uncounted(not counts):
                 found = self._logratios(part.mismatched, part.reference_mismatched).sum()
             total = total + found if counts else total

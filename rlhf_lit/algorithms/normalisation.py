@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf_lit.errors import say
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.heads import reward_bias
-from rlhf_lit.parallel.sharding import assign, gathered
+from rlhf_lit.parallel.sharding import sharding_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def normalise(
         say(f"note: the scores of {len(scores)} responses are {what}: they were not normalised")
         return before
     scale = 1 / spread if unit_variance else 1.0
-    head = {name: gathered(parameter).clone() for name, parameter in _head(module).items()}
+    head = {name: sharding_of(module).gathered(parameter).clone() for name, parameter in _head(module).items()}
     bias = reward_bias(unwrapped(module.scorer))  # type: ignore[arg-type]
     _put(module, {name: value * scale for name, value in head.items()}, (bias - mean) * scale)
     return Normalisation(
@@ -100,5 +100,5 @@ def _head(module: nn.Module) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def _put(module: nn.Module, head: dict[str, Tensor], bias: float) -> None:
     for name, parameter in _head(module).items():
-        assign(parameter, head[name])
+        sharding_of(module).assign(parameter, head[name])
     unwrapped(module.scorer).config.reward_bias = bias  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base, require_no_dropout
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.parallel.sharding import whole
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.engine import Sampling
 
 if TYPE_CHECKING:
@@ -230,7 +230,11 @@ class OfflineAlgorithm(Writer, Algorithm):
             return token_logprobs(model, sequences.to(self.device)).cpu()
 
         context = self.trainer.precision_plugin.forward_context()
-        with context, self.roles.acting("reference") as model, whole(model):  # each rank computes rows of its own
+        with (
+            context,
+            self.roles.acting("reference") as model,
+            sharding_of(model).whole(),
+        ):  # each rank computes rows of its own
             self.cache.build(
                 rows,
                 compute,

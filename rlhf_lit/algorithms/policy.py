@@ -13,7 +13,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import context_length, stop_ids
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.parallel.sharding import is_sharded, whole
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Engine, Samples, Sampling, sample
 from rlhf_lit.rollout.rewards import shown
@@ -49,7 +49,7 @@ class Writer(LightningModule):
             UserError: a prompt and its response may be longer than the model's context.
         """
         if not len(prompts):
-            with self.roles.acting("policy") as model, whole(model):  # with the ranks that have some
+            with self.roles.acting("policy") as model, sharding_of(model).whole():  # with the ranks that have rows
                 nothing = prompts.prompts
                 return Samples(nothing, torch.zeros(nothing.tokens.shape, device=self.device), nothing.lengths.bool())
         row = int(prompts.prompts.lengths.argmax())
@@ -61,7 +61,7 @@ class Writer(LightningModule):
                 f"{longest} tokens, and the model's context is {context}; lower it, or data.max_length"
             )
         keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
-        with self.roles.acting("policy") as model, whole(model):
+        with self.roles.acting("policy") as model, sharding_of(model).whole():
             return self.engine(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
 
     def response_texts(self, samples: Samples) -> list[str]:
@@ -109,4 +109,4 @@ class Writer(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Completions of a batch of prompts (none where the last one is smaller than the number of ranks)."""
-        return self.completions(batch) if len(batch) or is_sharded(self) else []
+        return self.completions(batch)

@@ -30,7 +30,7 @@ from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, load_scorer
 from rlhf_lit.models.packing import layout_of
-from rlhf_lit.parallel.sharding import at_hand, is_sharded, reshard
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.rewards import score_sequences
 
 
@@ -165,8 +165,6 @@ class RewardModel(Algorithm):
     def predict_step(self, batch: ComparedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """The scores of both sides of each pair, or of each answer of a list (none where the last batch is smaller than
         the number of ranks)."""
-        if not len(batch) and not is_sharded(self):
-            return []
         answers = batch.comparisons().answers
         return batch.score_records(score_sequences(self.scorer, answers, batch.micro_batch_tokens))
 
@@ -189,16 +187,15 @@ class RewardModel(Algorithm):
         self.scorer.eval()
         found: list[Tensor] = []
         reference: list[Tensor] = []
-        with at_hand(self):
-            for batch in batches:
-                for part in batch.to(self.device).micro_batches(layout_of(self)):
-                    compared = part.comparisons()
-                    # Without a scale to find, the preferred ones are enough.
-                    rows = torch.arange(len(compared.best), device=compared.best.device)
-                    rows = rows if self.unit_variance else rows[compared.best]
-                    found.append(self.scores(compared.answers.select(rows)).double())
-                    reference.append(compared.best[rows])
-        reshard(self)  # all ranks made the same passes
+        for batch in batches:
+            for part in batch.to(self.device).micro_batches(layout_of(self)):
+                compared = part.comparisons()
+                # Without a scale to find, the preferred ones are enough.
+                rows = torch.arange(len(compared.best), device=compared.best.device)
+                rows = rows if self.unit_variance else rows[compared.best]
+                found.append(self.scores(compared.answers.select(rows)).double())
+                reference.append(compared.best[rows])
+        sharding_of(self).reshard()  # all ranks made the same passes
         self.scorer.train(training)
         self.normalisation = normalise(
             self, torch.cat(found), torch.cat(reference), self.unit_variance, self.normalisation

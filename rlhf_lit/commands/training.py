@@ -90,7 +90,6 @@ NOISE = (
     r"You have overridden `on_before_batch_transfer`",  # the module adds the cached reference's log-probs there
     r"`is_gradient_checkpointing` is deprecated",  # asked by peft, not by us
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r".*has both parameters with requires_grad=True and False",  # FSDP1, of a policy's embeddings and a reference's
 )
 
 

@@ -11,7 +11,7 @@ from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import SCORING_TOKENS
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.score_pass import compare_with_reference
-from rlhf_lit.parallel.sharding import passes
+from rlhf_lit.parallel.sharding import sharding_of
 
 
 @torch.no_grad()
@@ -28,7 +28,8 @@ def kl_per_response(module: Writer, sequences: Sequences, budget: int = SCORING_
         Their expectations are the same, the first varies less.
     """
     exact, k1 = torch.zeros(2, len(sequences), dtype=torch.float64)
-    for rows, counts in passes(module.roles, cut_by_tokens(sequences.lengths.cpu(), budget), no_rows):
+    groups = cut_by_tokens(sequences.lengths.cpu(), budget)
+    for rows, counts in sharding_of(module.roles).passes(groups, no_rows):
         part = sequences.part(rows).to(module.device)
         comparison = compare_with_reference(module.roles, part, module.sampling.temperature)
         if not counts:

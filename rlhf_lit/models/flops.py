@@ -28,8 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.models.anatomy import adapter_in_force, unwrapped
-from rlhf_lit.models.flat import plain_name
-from rlhf_lit.parallel.sharding import whole_shape
 
 
 @dataclass
@@ -153,11 +151,11 @@ def _multiplied(module: nn.Module, adapter: str | None) -> Iterator[tuple[torch.
     """The shapes of the matrices of a module and of one adapter in it, and whether they train; no embeddings, which
     are looked up."""
     for name, part in module.named_modules():
-        if isinstance(part, nn.Embedding) or (".lora_" in name and plain_name(name).split(".")[-1] != adapter):
+        if isinstance(part, nn.Embedding) or (".lora_" in name and name.split(".")[-1] != adapter):
             continue
         packed = getattr(part, "quant_state", None)  # 4-bit weights are stored as bytes
         for kind, weight in part.named_parameters(recurse=False):
-            shape = torch.Size(packed.shape) if packed is not None and kind == "weight" else whole_shape(weight)
+            shape = torch.Size(packed.shape) if packed is not None and kind == "weight" else weight.shape
             if len(shape) > 1:
                 yield shape, weight.requires_grad
 

@@ -21,11 +21,9 @@ from torch import nn
 
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import is_wrapped, unwrapped
-from rlhf_lit.models.flat import plain_name
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
 from rlhf_lit.models.loading import Base, holds_adapter, load_causal_lm, load_scorer, stored_bias
-from rlhf_lit.parallel.sharding import blend
 
 # "policy", "reference", "value", or what ``add_reward`` returns.
 Role = str
@@ -115,10 +113,10 @@ class Roles(nn.Module):
 
     def reference_pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """A reference's own weights: their names here, and with each the policy's weight it began as."""
-        weights = {plain_name(name): weight for name, weight in self.policy.named_parameters()}
+        weights = dict(self.policy.named_parameters())
         if "reference" in self.models:
             for name, weight in self.models["reference"].named_parameters():
-                yield f"models.reference.{plain_name(name)}", weight, weights[plain_name(name)]
+                yield f"models.reference.{name}", weight, weights[name]
             return
         for name, weight in weights.items():
             if ".reference." in name:
@@ -128,7 +126,7 @@ class Roles(nn.Module):
     def move_reference(self, mix: float) -> None:
         """π₀ ← mix·π + (1 − mix)·π₀ on the reference's own weights (of an adapter: on each factor)."""
         for _, reference, policy in self.reference_pairs():
-            blend(reference, policy, mix)
+            reference.lerp_(policy.to(reference.dtype), mix)
 
     def add_critic(self, base: Base, init: Base | None, trunk: bool) -> None:
         """The value role: a head on the policy's hidden states (``trunk``), or a body of its own.
@@ -202,7 +200,7 @@ class Roles(nn.Module):
         body = self.models["value"].parameters() if "value" in self.models else ()
         # …lora_A.value.weight: the adapter's name stands between the matrix and its weight.
         weights = self.policy.named_parameters() if self.shared else ()
-        adapter = (p for name, p in weights if plain_name(name).split(".")[-2] == "value")
+        adapter = (p for name, p in weights if name.split(".")[-2] == "value")
         return [p for p in (*body, *adapter, *self.heads["value"].parameters()) if p.requires_grad]
 
     @contextmanager

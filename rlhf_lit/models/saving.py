@@ -41,7 +41,7 @@ def save_hf(module: Trained, folder: Path, weights: dict[str, Tensor] | None = N
     Args:
         module: with its models built.
         folder: where to.
-        weights: of a sharded model, gathered (``parallel.sharding.whole_weights``).
+        weights: of a sharded model, gathered (``FSDP2.whole_weights``).
     """
     write_model(module.trained_model, module.tokenizer, folder, module.trains_scorer, weights)
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
-from rlhf_lit.parallel.sharding import at_hand, is_sharded, reshard
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.preflight.check import VERDICTS, Check, show
 from rlhf_lit.preflight.checks import checks
 
@@ -36,15 +36,15 @@ class Preflight(Callback):
         data = own if isinstance(own, TextDataModule) else None
         found: list[Check] = []
         error = None
-        with isolate_rng(), trainer.precision_plugin.forward_context(), torch.no_grad(), at_hand(pl_module):
+        sharding = sharding_of(pl_module)
+        with isolate_rng(), trainer.precision_plugin.forward_context(), torch.no_grad():
             try:
-                # Under FSDP2 ranks must make the same passes: where models are sharded, all look at the same rows.
-                sharded = is_sharded(pl_module)
-                place = (0, 1) if sharded else (trainer.global_rank, trainer.world_size)
+                # All ranks must run the same passes where models are sharded: there they look at the same rows.
+                place = (0, 1) if sharding.is_sharded else (trainer.global_rank, trainer.world_size)
                 found.extend(checks(pl_module, data, *place))
             except UserError as problem:  # on this rank; the others wait for its findings
                 error = str(problem)
-        reshard(pl_module)
+        sharding.reshard()
         reports = _gathered((found, error), trainer.world_size)
         for _, line in reports:
             if line is not None:

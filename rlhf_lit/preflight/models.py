@@ -22,7 +22,7 @@ from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.packing import layout_of
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.score_pass import Comparison
-from rlhf_lit.parallel.sharding import assign, gathered
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.preflight.check import Check, and_more, judge, tolerance_of
 
 EXTRA_COLUMNS = 8  # padding added to see whether it changes anything
@@ -229,10 +229,11 @@ def reference_stays(roles: Roles, before: Comparison, compare: Callable[[], Comp
         kind = "a frozen adapter"
     else:
         kind = "adapters off"
+    sharding_of(roles).reshard()  # a weight that is gathered would be moved in vain
     parameter = _lever(roles)
     if parameter is None:
         return Check("reference", "skipped", f"{kind}; nothing of the policy trains")
-    with _moved(parameter):
+    with _moved(roles, parameter):
         after = compare()
     policy, reference = (
         largest(row_sums((getattr(after, side) - getattr(before, side)).abs(), mask) / mask.sum(-1))
@@ -260,13 +261,14 @@ def _lever(roles: Roles) -> nn.Parameter | None:
 
 
 @contextmanager
-def _moved(parameter: nn.Parameter) -> Iterator[None]:
-    before = gathered(parameter).clone()
-    assign(parameter, before + torch.linspace(-1, 1, before.numel()).view_as(before).to(before))
+def _moved(roles: Roles, parameter: nn.Parameter) -> Iterator[None]:
+    sharding = sharding_of(roles)
+    before = sharding.gathered(parameter).clone()
+    sharding.assign(parameter, before + torch.linspace(-1, 1, before.numel()).view_as(before).to(before))
     try:
         yield
     finally:
-        assign(parameter, before)
+        sharding.assign(parameter, before)
 
 
 def ratio_one(module: OnPolicy, sequences: Sequences, old: Tensor, budget: int) -> Check:

@@ -25,7 +25,7 @@ from rlhf_lit.models.heads import reward_bias, sequence_scores
 from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer
 from rlhf_lit.models.packing import layout_of
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.parallel.sharding import passes
+from rlhf_lit.parallel.sharding import sharding_of
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
 
@@ -174,7 +174,8 @@ def score_sequences(model: nn.Module, sequences: Sequences, budget: int) -> Tens
 def _in_pieces(model: nn.Module, head: nn.Module, sequences: Sequences, budget: int) -> Tensor:
     """[rows] the head's scores, in micro-batches of at most ``budget`` tokens."""
     scores = torch.zeros(len(sequences), device=sequences.tokens.device)
-    for rows, counts in passes(model, sequences.cut_responses(budget, layout_of(model)), no_rows):
+    groups = sequences.cut_responses(budget, layout_of(model))
+    for rows, counts in sharding_of(model).passes(groups, no_rows):
         rows = rows.to(scores.device)
         part = sequences.part(rows)
         found = sequence_scores(model, head, part).to(scores.dtype)
@@ -208,7 +209,7 @@ class RewardFromFunction(RewardSource):
         rows: list[dict[str, Any]],
         budget: int,
     ) -> Tensor:
-        if not responses:  # of a rank that only keeps step with the others
+        if not responses:  # of a rank without rows, which runs the passes of the others
             return torch.zeros(0, device=sequences.tokens.device)
         try:
             scores = self.function(prompts, responses, rows)

@@ -27,7 +27,7 @@ from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.errors import UserError
 from rlhf_lit.files import append_rows, atomic, replace_file, short_path
 from rlhf_lit.models.saving import save_hf
-from rlhf_lit.parallel.sharding import at_hand, whole_weights
+from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.record import RolloutRecord
 from rlhf_lit.runs import CHECKPOINTS, EXPORT
 from rlhf_lit.trainer.loggers import MetricsFile, WandB
@@ -273,10 +273,9 @@ class HFExport(Callback):
         """Not reached when training was interrupted by an exception."""
         if not _trial(trainer):
             assert isinstance(pl_module, Algorithm)
-            with at_hand(pl_module):
-                weights = whole_weights(pl_module.trained_model, keep=trainer.is_global_zero)
-                if trainer.is_global_zero:
-                    self._export(pl_module, weights, Path(trainer.default_root_dir, EXPORT))
+            weights = sharding_of(pl_module.trained_model).whole_weights(keep=trainer.is_global_zero)
+            if trainer.is_global_zero:
+                self._export(pl_module, weights, Path(trainer.default_root_dir, EXPORT))
         trainer.strategy.barrier("hf export")
 
     def _export(self, module: Algorithm, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:

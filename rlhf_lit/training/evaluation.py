@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import reseed
 
 
@@ -47,9 +46,8 @@ def test_step(algorithm: Any, batch: Any, batch_idx: int) -> None:
 
 def _evaluation_step(algorithm: Any, batch: Any, batch_idx: int, stage: str) -> None:
     algorithm.prepare(batch)
-    if len(batch) or sharding_of(algorithm).is_sharded:
-        reseed("validation", algorithm.global_step, batch_idx, algorithm.global_rank)
-        algorithm.evaluate(batch, stage)
+    reseed("validation", algorithm.global_step, batch_idx, algorithm.global_rank)
+    algorithm.evaluate(batch, stage)
 
 
 def evaluate(algorithm: Any, batch: Any, stage: str) -> None:

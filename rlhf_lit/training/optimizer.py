@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 
 from rlhf_lit.errors import UserError
-from rlhf_lit.parallel.sharding import sharding_of
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,11 @@ def configure(algorithm: Any) -> Any:
     """Optimizer and scheduler of an algorithm, in the form that Lightning's ``configure_optimizers`` returns.
 
     Raises:
-        UserError: nothing is trainable, the optimizer does not fit sharded weights, or the run has no end.
+        UserError: nothing is trainable, or the run has no end.
     """
     settings: Optimizer = algorithm.optimizer_settings
     if not algorithm.trainable_parameters():
         raise UserError(f"base.name: nothing of {algorithm.base.name} is trainable")
-    sharding_of(algorithm).require_optimizer(settings.name)
     steps = algorithm.trainer.estimated_stepping_batches
     if steps == float("inf"):
         raise UserError("trainer.max_epochs, trainer.max_steps: one of them must say how long the run is")

@@ -10,8 +10,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from rlhf_lit.models.flat import flat_of
-from rlhf_lit.parallel.sharding import gathered, is_sharded
+from rlhf_lit.parallel.sharding import sharding_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def local_gradients(trainer: Any) -> AbstractContextManager[None]:
 
 
 def reduce_and_clip(module: LightningModule, moving: list[nn.Parameter], limit: float | None) -> Tensor:
-    """Add the ranks' gradients up (denominators are global already) and clip them.
+    """Sum the gradients over the ranks (denominators are global already) and clip them.
 
     Args:
         module: with gradients from this rank's micro-batches.
@@ -84,12 +83,6 @@ def reduce_and_clip(module: LightningModule, moving: list[nn.Parameter], limit: 
     for parameter in module.parameters():
         if parameter.requires_grad and parameter not in kept:
             parameter.grad = None
-    flat = flat_of(module)
-    if module.trainer.world_size > 1 and (flat or not is_sharded(module)):
-        for parameter in moving:
-            if parameter.grad is None:  # the optimizer shall count the same steps on all ranks
-                parameter.grad = torch.zeros_like(parameter)
-            if not flat:  # sharded ones were added up on the way
-                torch.distributed.all_reduce(parameter.grad)
-    limit = float("inf") if limit is None else limit
-    return flat.clip_grad_norm(moving, limit) if flat else gathered(nn.utils.clip_grad_norm_(moving, limit))
+    sharding = sharding_of(module)
+    sharding.sum_gradients(moving)
+    return sharding.clip_grad_norm(moving, float("inf") if limit is None else limit)

@@ -43,7 +43,7 @@ class WeightedBatch(Batch):
     def dummy(self) -> WeightedBatch:
         return replace(self, sequences=Sequences.dummy(self.weight.device), weight=self.weight.new_ones(1))
 
-    def micro_batches(self, packed: bool = False) -> Iterator[WeightedBatch]:
+    def micro_batches(self, layout: str = "padded") -> Iterator[WeightedBatch]:
         for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
             yield self.select(rows)
 

@@ -18,7 +18,7 @@ from processes import Run
 from run_folders import assert_equal, final, loader_state, metrics, samples, save_small_model, timeless
 
 HERE = Path(__file__).parent
-STRATEGIES = ("ddp", "fsdp2", pytest.param("fsdp", marks=pytest.mark.soak))  # of trainer.strategy
+STRATEGIES = ("ddp", "fsdp2")  # of trainer.strategy
 STEPS, EVERY = 24, 2  # of a run, and between two of its checkpoints
 BOUND = 60.0  # seconds for the survivors to end
 LOST, TERMINATED = 75, 128 + signal.SIGTERM

@@ -1,5 +1,5 @@
-"""The steps of one process, by two under DDP and by two whose weights are sharded (FSDP2, FSDP1); from one to the
-other."""
+"""The steps of one process, by two under DDP and by two or four whose weights are sharded (FSDP2 and its options); from
+one to the other."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ STEPS, HALF = 10, 5
 # A reward model, the policy that learns from it, and what learns from files; a score is asked for before PPO begins.
 NAMES = ("sft", "reward", "dpo", "ppo", "kto", "grpo")
 LORA = {"lora": {"rank": 4}}
-DORA_OPTIONS = ("--model.base.lora.rank=4", "--model.base.lora.dora=true")
-QLORA_OPTIONS = ("--model.base.lora.rank=4", "--model.base.quantization.type=nf4")
 QLORA = {**LORA, "quantization": {"type": "nf4", "compute_dtype": "float32"}}
 # What of a model trains. Not GRPO with adapters: its first steps are so far that they blow rounding up to 1e-3, under
 # DDP as under FSDP2.
 WAYS_TO_TRAIN = {"": {}, "_lora": LORA, "_qlora": QLORA}
 KINDS = [*NAMES, *(f"{name}_lora" for name in NAMES[:5]), *(f"{name}_qlora" for name in NAMES[:4])]
-WAYS = {"one": (1, ())} | {
-    f"{strategy}{'' if ranks == 2 else f'_{ranks}'}": (ranks, (f"--trainer.strategy={strategy}",))
-    for strategy in ("ddp", "fsdp2", "fsdp")
-    for ranks in (1, 2, 4)
-}
+OVERLAYS = Path(__file__).parents[2] / "configs" / "overlays"
+OPTIONS = {"zero2": "fsdp2_zero2", "offload": "fsdp2_offload", "hsdp": "hsdp"}  # of FSDP2, by the overlay
+WAYS: dict[str, tuple[int, tuple[str, ...]]] = {"one": (1, ()), "fsdp": (2, ("--trainer.strategy=fsdp",))}
+for ranks in (1, 2, 4):
+    suffix = "" if ranks == 2 else f"_{ranks}"
+    WAYS |= {f"{strategy}{suffix}": (ranks, (f"--trainer.strategy={strategy}",)) for strategy in ("ddp", "fsdp2")}
+    WAYS |= {f"{way}{suffix}": (ranks, (f"--config={OVERLAYS / overlay}.yaml",)) for way, overlay in OPTIONS.items()}
 
 
 def scorer_of(name: str) -> str:
@@ -114,8 +114,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(folder: Path, name: str, way: str, *options: str, runs: str | None = None) -> Run:
     ranks, chosen = WAYS[way]
-    argv = ("fit", "--config", f"{name}.yaml", f"--runs={runs or way}", f"--trainer.devices={ranks}")
-    run = Run(*argv, *chosen, *options, folder=folder, ranks=ranks)
+    argv = ("fit", "--config", f"{name}.yaml", *chosen, f"--runs={runs or way}", f"--trainer.devices={ranks}")
+    run = Run(*argv, *options, folder=folder, ranks=ranks)
     run.wait()
     return run
 
@@ -190,56 +190,59 @@ def assert_way_is_that_of_one(folder: Path, name: str, way: str) -> None:
 
 
 # Two processes take seconds for each: every run of the tests has what differs most, and `make soak` the rest.
-SOAK = {
-    "ddp": ("reward_lora", "dpo_lora"),
-    "fsdp2": ("reward_qlora", "dpo_qlora", "kto_lora"),
-    "fsdp": ("reward", "kto", "grpo", "sft_lora", "reward_lora", "dpo_lora", "kto_lora"),
+QUICK = {
+    "ddp": ("sft", "reward", "dpo", "ppo", "sft_lora", "ppo_lora"),
+    "fsdp2": tuple(name for name in KINDS if name not in ("reward_qlora", "dpo_qlora", "kto_lora")),
+    "zero2": ("ppo_lora",),
+    "offload": ("sft_qlora", "ppo"),
 }
-
-
-def ways_of(name: str) -> list[str]:
-    """By which two ranks are tried; KTO and GRPO under DDP are in files of their own."""
-    ways = {"ddp": name.partition("_")[0] in NAMES[:4] and "qlora" not in name, "fsdp": "qlora" not in name}
-    return ["fsdp2", *(way for way, tried in ways.items() if tried)]
+ALL = {"ddp": [name for name in KINDS if name.partition("_")[0] in NAMES[:4] and "qlora" not in name]}
 
 
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        pytest.param(name, way, marks=[pytest.mark.soak] * (name in SOAK.get(way, ())))
-        for name in KINDS
-        for way in ways_of(name)
+        pytest.param(name, way, marks=[pytest.mark.soak] * (name not in quick))
+        for way, quick in QUICK.items()
+        for name in ALL.get(way, KINDS)
     ],
 )
 def test_two_ranks_make_the_steps_of_one(place, name, way):
+    """KTO and GRPO under DDP are in files of their own."""
     assert_way_is_that_of_one(place, name, way)
 
 
+@pytest.mark.parametrize("way", ["hsdp_4", *(pytest.param(w, marks=pytest.mark.soak) for w in ("ddp_4", "fsdp2_4"))])
 @pytest.mark.parametrize(
-    ("name", "way"),
-    [
-        pytest.param(name, way, marks=() if (name, way) == ("ppo", "fsdp2_4") else pytest.mark.soak)
-        for name in KINDS
-        for way in ("ddp_4", "fsdp2_4", "fsdp_4")
-        if way != "fsdp_4" or "qlora" not in name
-    ],
+    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name not in ("sft", "ppo"))) for name in KINDS]
 )
 def test_four_ranks_do_too(place, name, way):
-    """A rank has a row of each batch, or none."""
+    """A rank has a row of each batch, or none; under HSDP they are two replicas of two shards."""
     assert_way_is_that_of_one(place, name, way)
 
 
-@pytest.mark.parametrize("way", ["fsdp_1", pytest.param("fsdp2_1", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["ppo", "dpo_lora"])
+def test_replicas_of_one_shard_each_do_too(place, name):
+    assert_way_is_that_of_one(place, name, "hsdp")
+
+
+@pytest.mark.parametrize("way", ["fsdp2_1", pytest.param("offload_1", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", ["ppo", pytest.param("ppo_lora", marks=pytest.mark.soak)])
 def test_one_rank_does_too(place, name, way):
     """As on a single GPU: nothing is spread."""
     assert_way_is_that_of_one(place, name, way)
 
 
+@pytest.mark.soak
+def test_fsdp_means_fsdp2(place):
+    assert_way_is_that_of_one(place, "sft", "fsdp")
+
+
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("dpo", "fsdp"), *(pytest.param(*case, marks=pytest.mark.soak) for case in
-                        (("dpo_lora", "fsdp"), ("dpo", "fsdp2"), ("dpo_lora", "fsdp2")))],
+    [("dpo", "fsdp2"), *(pytest.param(*case, marks=pytest.mark.soak) for case in
+                         (("dpo_lora", "fsdp2"), ("dpo", "offload"), ("dpo_lora", "hsdp_4")))],
 )  # fmt: skip
 def test_a_reference_that_moves_is_that_of_one_process(place, name, way):
     moving = ("--model.reference.update.every=2", "--model.reference.update.mix=0.5")
@@ -250,9 +253,9 @@ def test_a_reference_that_moves_is_that_of_one_process(place, name, way):
     assert still["train/loss"] != moved["train/loss"]
 
 
-@pytest.mark.parametrize("way", ["fsdp", pytest.param("fsdp2", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.soak) for way in ("fsdp2", "offload", "zero2")])
 def test_a_policy_in_16_bits_beside_a_reward_model_in_32(place, way):
-    """A unit has one dtype, and heads and rewards another than the policy. 16 bits hold three digits."""
+    """Heads and rewards have another dtype than the policy. 16 bits hold three digits."""
     alone(place, scorer_of("ppo"))
     firsts = []
     for strategy in ("ddp", way):
@@ -262,7 +265,7 @@ def test_a_policy_in_16_bits_beside_a_reward_model_in_32(place, way):
         assert float(firsts[0][key]) == pytest.approx(float(firsts[1][key]), rel=0.02, abs=0.01), key
 
 
-@pytest.mark.parametrize("way", ["fsdp2", "fsdp"])
+@pytest.mark.parametrize("way", ["fsdp2"])
 def test_operations_are_counted_as_for_whole_weights(place, way):
     """On rank 0, which has the same rows as under DDP."""
     counts = []
@@ -276,11 +279,13 @@ def test_operations_are_counted_as_for_whole_weights(place, way):
     assert counts[0] == pytest.approx(counts[1], rel=1e-5)
 
 
-MOVES = [("fsdp2", "one"), ("one", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2"), ("fsdp", "one"), ("one", "fsdp"),
-         ("fsdp", "fsdp2"), ("fsdp2", "fsdp")]  # fmt: skip
-QUICK = {
-    "sft": [("fsdp2", "one"), ("ddp", "fsdp2"), ("one", "fsdp")],
-    "ppo": [("one", "fsdp2"), ("fsdp2", "ddp"), ("fsdp", "fsdp2")],
+MOVES = [
+    ("fsdp2", "one"), ("one", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2"), ("offload", "one"), ("one", "offload"),
+    ("hsdp_4", "fsdp2"), ("fsdp2", "hsdp_4"), ("zero2", "offload"), ("offload", "hsdp_4"), ("hsdp_4", "offload"),
+]  # fmt: skip
+QUICK_MOVES = {
+    "sft": [("fsdp2", "one"), ("ddp", "fsdp2"), ("zero2", "offload")],
+    "ppo": [("one", "fsdp2"), ("fsdp2", "ddp"), ("offload", "hsdp_4")],
     "reward_lora": [],
 }
 
@@ -289,7 +294,7 @@ QUICK = {
     ("name", "before", "after"),
     [
         pytest.param(name, *move, marks=[pytest.mark.soak] * (move not in quick))
-        for name, quick in QUICK.items()
+        for name, quick in QUICK_MOVES.items()
         for move in MOVES
     ],
 )
@@ -302,22 +307,26 @@ def test_a_checkpoint_goes_on_under_another_strategy(place, name, before, after)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options", "said"),
+    ("options", "said"),
     [
+        (("--trainer.strategy=fsdp_cpu_offload",), "trainer.strategy fsdp_cpu_offload: not supported; use fsdp2 (opt"),
         (
-            "fsdp_cpu_offload",
-            (),
-            "trainer.strategy fsdp_cpu_offload: not supported; use fsdp2, or fsdp without options",
+            ("--trainer.strategy=fsdp", "--model.optimizer.name=adamw_8bit"),
+            "adamw_8bit knows no sharded weights; set it to adamw",
         ),
-        ("fsdp", QLORA_OPTIONS, "trainer.strategy fsdp: FSDP1 cannot spread 4-bit weights; use fsdp2"),
-        ("fsdp", DORA_OPTIONS, "trainer.strategy fsdp: FSDP1 cannot spread DoRA's weights, nor adapters of embeddings"),
-        ("fsdp", ("--model.optimizer.name=adamw_8bit",), "adamw_8bit knows no sharded weights; set it to adamw"),
-        ("fsdp2", ("--model.optimizer.name=adamw_8bit",), "adamw_8bit knows no sharded weights; set it to adamw"),
+        (
+            (f"--config={OVERLAYS / 'hsdp.yaml'}", "--trainer.strategy.replicas=3", "--trainer.devices=2"),
+            "trainer.strategy.replicas: 2 ranks do not make 3 replicas of equal size; set it to a divisor",
+        ),
+        (
+            (f"--config={OVERLAYS / 'hsdp.yaml'}", "--trainer.strategy.replicas=0"),
+            "trainer.strategy.replicas must be at least 1, not 0",
+        ),
     ],
 )
-def test_what_cannot_be_sharded_is_refused_in_one_line(place, strategy, options, said):
-    argv = ("fit", "--config", "sft.yaml", "--runs=refused", f"--trainer.strategy={strategy}", "--trainer.devices=2")
+def test_what_cannot_be_sharded_is_refused_in_one_line(place, options, said):
+    argv = ("fit", "--config", "sft.yaml", "--runs=refused", "--trainer.devices=2")
     run = Run(*argv, *options, folder=place, ranks=2)
-    assert run.statuses() == [2, 2]
+    assert run.statuses() == [2, 2], run.said()
     assert said in run.said()
     assert "Traceback" not in run.said()

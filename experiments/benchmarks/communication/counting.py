@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_lit.parallel.sharding import whole_shape
-
 
 class _Collectives(TorchDispatchMode):
     """Sees each collective as the dispatcher does; the largest buffer it is given is its payload."""
@@ -71,9 +69,7 @@ class CommunicationBytes(Callback):
         self._mode.__exit__(None, None, None)
         if trainer.is_global_zero:
             trained = sum(
-                whole_shape(weight).numel() * weight.element_size()
-                for weight in pl_module.parameters()
-                if weight.requires_grad
+                weight.numel() * weight.element_size() for weight in pl_module.parameters() if weight.requires_grad
             )
             self.file.write_text(json.dumps({"trained": trained, "held": self._held, "steps": self._steps}))
 
