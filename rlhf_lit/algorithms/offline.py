@@ -81,9 +81,7 @@ class Reference:
         if self.free and (self.precompute or self.update):
             raise UserError("reference.free: without a reference there is none to precompute or update")
         if self.precompute and self.update:
-            raise UserError(
-                "reference.precompute: a reference that is updated has no log-probs to keep; set it to false"
-            )
+            raise UserError("reference.precompute: a reference that moves has no log-probs to keep; set it to false")
         if self.complete and not self.precompute:
             raise UserError("reference.complete asks for a complete cache, which reference.precompute: true reads")
 
@@ -204,16 +202,14 @@ class OfflineAlgorithm(Writer, Algorithm):
             return ReferenceCache(self.reference.cache, identify(model))
 
     def _rows_to_compare(self) -> list[tuple[list[int], list[bool]]]:
-        """Tokens and masks of all responses that the run at hand will compare.
+        """Tokens and masks of all responses that this run will compare.
 
         Raises:
             UserError: the rows come from loaders of the caller's own.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if datamodule is None or not hasattr(datamodule, "responses"):
-            raise UserError(
-                "reference.precompute: needs a data module of ours, whose rows are known before the first step"
-            )
+            raise UserError("reference.precompute: needs a data module of ours, whose rows are known beforehand")
         return list(datamodule.responses())
 
     @torch.no_grad()

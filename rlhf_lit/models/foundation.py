@@ -48,7 +48,7 @@ class Foundation:
         """Refuse to put an adapter that was trained on this base on another one.
 
         Args:
-            found: the base at hand.
+            found: the present base.
             adapter: the adapter's folder, for the message.
             field: the config key that named it.
 

@@ -88,9 +88,9 @@ class Watched(DPO):
         self.steps.append({**{name: float(total) for name, total in totals.items()}, "norm": float(grad_norm)})
         super().log_step(totals, grad_norm)
 
-    def reference_sums(self, sequences: Any, known: Tensor | None, states: Any = None) -> Tensor:
+    def reference_sums(self, sequences: Any, known: Tensor | None) -> Tensor:
         self.passes += known is None
-        return super().reference_sums(sequences, known, states)
+        return super().reference_sums(sequences, known)
 
 
 def watched(base: Base, place: Path, beta: float = 0.5, precompute: bool = True, **settings: Any) -> Watched:

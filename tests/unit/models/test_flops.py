@@ -13,18 +13,18 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf_lit.algorithms import DPO, KTO, SFT, RewardModel
+from rlhf_lit.algorithms import DPO, GRPO, KTO, SFT, RewardModel
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import Reference
 from rlhf_lit.algorithms.ppo import Critic
-from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, Sequences, SupervisedBatch, UnpairedBatch
+from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Sequences, SupervisedBatch, UnpairedBatch
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss, KTOLoss
 from rlhf_lit.models.flops import count_flops, uncounted
 from rlhf_lit.models.loading import Base, LoRA, Quantization
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.packing import sequence_states, without_sharing
-from tests.unit.tiny import EVERYTHING, Step, build, make_ppo, save_model, sequences
+from tests.unit.tiny import EVERYTHING, Step, build, make_on_policy, make_ppo, save_model, sequences
 
 ROWS, LENGTH, LAYERS, WIDTH = 4, 12, 2, 32
 RANK = 4
@@ -114,6 +114,32 @@ def test_a_reward_model(folders: dict[str, str]) -> None:
     module = build(RewardModel(Base(folders["llama"])))
     expected = of(module, pairs()) + second_half(2, 2) + scalar_head(2 * ROWS)
     assert expected == pytest.approx(counted(module, pairs()), rel=TOLERANCE)
+
+
+def test_a_reward_model_on_ranked_lists(folders: dict[str, str]) -> None:
+    """Each answer once, however many pairs it is in."""
+    module, two = build(RewardModel(Base(folders["llama"]))), pairs()
+    counts, rank = torch.tensor([4, 4]), torch.arange(4).repeat(2)
+    lists = RankedBatch(two.sides(), counts, rank, torch.zeros(2 * ROWS), EVERYTHING)
+    assert of(module, lists) == of(module, two)
+
+
+def test_without_a_critic_the_policy_counts_alone(folders: dict[str, str]) -> None:
+    zeros = torch.zeros(ROWS, LENGTH)
+    batch = ExperienceBatch(rows(), *[zeros] * 4, zeros + 1, zeros, kl_coefficient=0.2, micro_batch_tokens=EVERYTHING)
+    module = make_on_policy(GRPO, Base(folders["llama"]))
+    assert of(module, batch) + second_half(1, 1) == pytest.approx(counted(module, batch), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=RANK)])
+def test_ppo_with_adapters_counts_each_pass_with_its_own(folders: dict[str, str], lora: LoRA | None) -> None:
+    """Policy and critic on one base, or whole: the same pass but for the LM head."""
+    zeros = torch.zeros(ROWS, LENGTH)
+    batch = ExperienceBatch(rows(), *[zeros] * 6, kl_coefficient=0.2, micro_batch_tokens=EVERYTHING)
+    module = make_ppo(Base(folders["llama"], lora=lora))
+    expected = of(module, batch) + second_half(2, 2) + scalar_head(ROWS * (LENGTH - 1))
+    expected -= 2 * needless(ROWS) if lora else 0
+    assert expected == pytest.approx(counted(module, batch), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
