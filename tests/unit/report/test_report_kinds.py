@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from report_runs import DPO, PPO, changed, made, study_of
 
+from rlhf_lit.evaluation.evaluate import in_words
+from rlhf_lit.playground import gold_reward
 from rlhf_lit.report import evaluating
+from rlhf_lit.report.evaluations import Evaluated
 from rlhf_lit.report.kinds import Kind
 from rlhf_lit.report.reading import Run
 from rlhf_lit.report.sections.frontier import frontier
 from rlhf_lit.report.sections.overoptimisation import watched
+from rlhf_lit.rollout.rewards import RewardFromFunction
 
 OWN = """
 from rlhf_lit.algorithms import DPO, PPO, RewardModel
@@ -94,3 +98,9 @@ def test_its_sections_know_a_users_own(tmp_path: Path) -> None:
     missing = frontier(study_of([run, scorer])).missing
     assert len(missing) == 1
     assert "reward beside KL of MyPPO" in missing[0]
+
+
+def test_the_gold_judge_of_an_evaluation_from_before_the_playground_moved_is_the_present_one() -> None:
+    names = ("rlhf_lit.data.playground.reward.gold_reward", "rlhf_lit.playground.reward.gold_reward")
+    before, now = (Evaluated(Path(), {"judges": {"gold": name}}, []) for name in names)
+    assert before.judges == now.judges == {"gold": in_words(RewardFromFunction(gold_reward))}
