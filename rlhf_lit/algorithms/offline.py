@@ -110,8 +110,7 @@ class OfflineAlgorithm(Writer, Algorithm):
         require_no_dropout(base, type(self).__name__)
         self.reference = reference
         self.compares = compares and not reference.free
-        # Where the reference's log-probs are, once they were computed beforehand.
-        self.cache: ReferenceCache | None = None
+        self.cache: ReferenceCache | None = None  # of the reference's log-probs, once they were computed beforehand
 
     def build(self) -> None:
         self.roles = Roles(self.base)
