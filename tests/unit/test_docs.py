@@ -35,7 +35,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("README.md"))
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 ALGORITHMS = ("SFT", "RewardModel", "PPO", "RLOO", "GRPO", "DPO", "KTO")
 ON_POLICY = ("PPO", "RLOO", "GRPO")
-OVERLAYS = ["--config=configs/overlays/qlora.yaml", "--config=configs/overlays/wandb.yaml"]
+OVERLAYS = [f"--config=configs/overlays/{name}.yaml" for name in ("qlora", "wandb", "hsdp")]
 ROOMS = ("configs", "docs", "experiments", "rlhf_lit", "sweeps", "tests")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -99,7 +99,7 @@ def keys_of(config: Any, path: str = "") -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def known_keys() -> set[str]:
-    """What the algorithms' configurations have, LoRA, 4-bit, vLLM and Weights & Biases included."""
+    """What the algorithms' configurations have, LoRA, 4-bit, vLLM, Weights & Biases and FSDP2 included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         found: set[str] = set()
