@@ -12,6 +12,7 @@ from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.records import Message
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.sampling import draw
+from rlhf_lit.files import atomic
 from rlhf_lit.models.loading import Base
 from rlhf_lit.rollout.engine import Sampling
 
@@ -53,9 +54,8 @@ def write_pairs(
     if not rows:
         raise UserError(f"{model}: no two of its answers to a prompt differ in worth; train it longer, or sample more")
     to.parent.mkdir(parents=True, exist_ok=True)
-    partial = to.with_name(to.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    partial.replace(to)
+    with atomic(to) as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
 
 

@@ -14,17 +14,26 @@ KEYS = {
     "model.whiten_advantages": "model.advantages.whiten",
     "model.scale_advantages": "model.advantages.scale (group for true, none for false)",
     "model.share_prompts": "nothing: models share prompts by themselves",
-    "data.world": "world of each source that is the playground (data.train.world, data.validation.world)",
+    "data.world": "data.train.world, and likewise of each other source whose path is playground",
 }
 """Key → what takes its place. Under a model or a data module of this package; a class of yours may have such a key."""
 
+OPTIONS = {"world": "prompts.world"}
+"""Option of another command (evaluate) → what takes its place."""
+
 PATHS = {
+    "rlhf_lit.tracking.LiveProgress": "rlhf_lit.trainer.progress.LiveProgress",
+    "rlhf_lit.tracking.PlainProgress": "rlhf_lit.trainer.progress.PlainProgress",
     "rlhf_lit.tracking.": "rlhf_lit.trainer.loggers.",
     "rlhf_lit.recording.": "rlhf_lit.trainer.callbacks.",
-    "rlhf_lit.strategies.": "rlhf_lit.trainer.strategies.",
+    "rlhf_lit.ranks.preemption.": "rlhf_lit.trainer.preemption.",
+    "rlhf_lit.ranks.callback.": "rlhf_lit.trainer.ranks.",
     "rlhf_lit.timing.": "rlhf_lit.trainer.timing.",
     "rlhf_lit.checkpoint_io.": "rlhf_lit.training.checkpoint.",
+    "rlhf_lit.strategies.FSDP1": "rlhf_lit.trainer.strategies.FSDP2",
+    "rlhf_lit.strategies.": "rlhf_lit.trainer.strategies.",
     "rlhf_lit.data.playground.": "rlhf_lit.playground.",
+    "rlhf_lit.data.batching.RolloutLoader": "rlhf_lit.rollout.loop.RolloutLoader",
     "rlhf_lit.data.batching.": "rlhf_lit.data.loader.",
     "rlhf_lit.models.states.": "rlhf_lit.models.packing.",
     "rlhf_lit.algorithms.base.": "rlhf_lit.algorithms.algorithm.",
@@ -34,7 +43,10 @@ PATHS = {
 
 def successor(key: str) -> str | None:
     """What takes the place of a key that is not known (any more); None where it never was one."""
-    return next((new for old, new in KEYS.items() if key == old or key.endswith("." + old)), None)
+    for old, new in KEYS.items():
+        if f".{old}." in f".{key}.":
+            return new
+    return OPTIONS.get(key.split(".")[0])
 
 
 def require_present_names(documents: list[tuple[str, dict[str, Any]]]) -> None:
@@ -83,6 +95,5 @@ def _paths(value: Any) -> Iterator[tuple[str, str]]:
         for inner in value:
             yield from _paths(inner)
     elif isinstance(value, str):
-        for old, new in PATHS.items():
-            if value.startswith(old):
-                yield value, new + value.removeprefix(old)
+        if moved := next((old for old in PATHS if value.startswith(old)), None):
+            yield value, PATHS[moved] + value.removeprefix(moved)

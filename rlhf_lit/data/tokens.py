@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import xxhash
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.files import atomic
 
 # Part of a file's key: raise it when the same text would give other tokens.
 TOKENISATION_VERSION = 2
@@ -57,9 +57,8 @@ def tokenise(
     )
     encoded = mapped["tokens"]
     if file is not None:
-        partial = file.with_suffix(f".{uuid4().hex}.partial")  # not torch's generator: a cache may change no result
-        _write_arrow(mapped, partial)
-        partial.replace(file)
+        with atomic(file, shared=True) as partial:
+            _write_arrow(mapped, partial)
     return [json.loads(tokens) for tokens in encoded], key
 
 

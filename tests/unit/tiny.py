@@ -206,7 +206,7 @@ class Step:
         self.totals: dict[str, float] = {}
         denominators = module.denominators(batch)
         module.prepare(batch)
-        for micro_batch in module.micro_batches(batch) if cut else [batch]:
+        for micro_batch in batch.micro_batches(layout_of(module)) if cut else [batch]:
             for share in module.losses(micro_batch, denominators):
                 share.loss.backward()
                 for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
