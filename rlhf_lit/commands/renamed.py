@@ -94,6 +94,5 @@ def _paths(value: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _paths(inner)
-    elif isinstance(value, str):
-        if moved := next((old for old in PATHS if value.startswith(old)), None):
-            yield value, PATHS[moved] + value.removeprefix(moved)
+    elif isinstance(value, str) and (moved := next((old for old in PATHS if value.startswith(old)), None)):
+        yield value, PATHS[moved] + value.removeprefix(moved)
