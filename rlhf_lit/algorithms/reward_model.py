@@ -22,7 +22,7 @@ from torchmetrics.classification import BinaryCalibrationError
 from torchmetrics.regression import PearsonCorrCoef
 
 from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, StepLoss
-from rlhf_lit.algorithms.normalisation import Normalisation, load, normalise, save, undo
+from rlhf_lit.training.normalisation import Normalisation, load, normalise, save, undo
 from rlhf_lit.batches import ComparedBatch, Comparisons, PreferenceBatch, RankedBatch, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
