@@ -20,6 +20,7 @@ from rlhf_lit.losses.advantages import AdvantageEstimator, GroupRelative
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, PolicyLoss
 from rlhf_lit.models.loading import Base
+from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 
 
@@ -29,7 +30,7 @@ class GRPO(OnPolicy):
     Needs ``data.samples_per_prompt`` of 2 or more.
 
     Args:
-        base, reward, kl: see ``OnPolicy``.
+        base, reward, kl, sampling: see ``OnPolicy``.
         advantages: (R − μ)/σ over the responses to a prompt.
         policy_loss: the token's loss and its aggregation, in the paper every response alike (`sequence_mean`).
         settings: the others of ``OnPolicy``.
@@ -40,8 +41,9 @@ class GRPO(OnPolicy):
         base: Base,
         reward: RewardSource,
         kl: KLController,
+        sampling: Sampling = Sampling(),
         advantages: AdvantageEstimator = GroupRelative(),
         policy_loss: PolicyLoss = ClippedPolicyLoss(aggregation="sequence_mean"),
         **settings: Any,
     ) -> None:
-        super().__init__(base, reward, kl, advantages=advantages, policy_loss=policy_loss, **settings)
+        super().__init__(base, reward, kl, sampling, advantages=advantages, policy_loss=policy_loss, **settings)

@@ -27,6 +27,7 @@ from rlhf_lit.losses.reductions import masked_sum
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
+from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.training.optimizer import Optimizer
 
@@ -35,7 +36,7 @@ class PPO(OnPolicy):
     """A policy trained on its own samples, its advantages told by a critic.
 
     Args:
-        base, reward, kl: see ``OnPolicy``.
+        base, reward, kl, sampling: see ``OnPolicy``.
         critic: the value function.
         advantages: GAE(γ, λ), or an estimator of yours that reads the critic's values.
         value_loss: clip range and coefficient of the critic's loss.
@@ -51,6 +52,7 @@ class PPO(OnPolicy):
         base: Base,
         reward: RewardSource,
         kl: KLController,
+        sampling: Sampling = Sampling(),
         critic: Critic = Critic(),
         advantages: AdvantageEstimator = GAE(),
         value_loss: ClippedValueLoss = ClippedValueLoss(),
@@ -59,7 +61,14 @@ class PPO(OnPolicy):
         **settings: Any,
     ) -> None:
         super().__init__(
-            base, reward, kl, advantages=advantages, learning_rate=learning_rate, optimizer=optimizer, **settings
+            base,
+            reward,
+            kl,
+            sampling,
+            advantages=advantages,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            **settings,
         )
         if critic.init == "reward" and reward.critic_base() is None:
             raise UserError("critic.init: the reward is a function, no model to start a critic from; set it to policy")
