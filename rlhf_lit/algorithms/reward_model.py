@@ -22,7 +22,6 @@ from torchmetrics.classification import BinaryCalibrationError
 from torchmetrics.regression import PearsonCorrCoef
 
 from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, StepLoss
-from rlhf_lit.training.normalisation import Normalisation, load, normalise, save, undo
 from rlhf_lit.batches import ComparedBatch, Comparisons, PreferenceBatch, RankedBatch, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
@@ -32,6 +31,7 @@ from rlhf_lit.models.loading import Base, load_scorer
 from rlhf_lit.models.packing import layout_of
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.rewards import score_sequences
+from rlhf_lit.training.normalisation import Normalisation, load, normalise, save, undo
 
 
 class RewardModel(Algorithm):
