@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-OLD_PPO: dict[str, Any] = {  # as a config.yaml of version 0.1 has it, resolved
+OLD_PPO: dict[str, Any] = {  # as a config.yaml of commit d13ae99 has it, resolved
     "name": "old",
     "model": {
         "class_path": "rlhf_lit.algorithms.PPO",
