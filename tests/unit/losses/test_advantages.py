@@ -166,6 +166,7 @@ def test_gae_whitens_over_all_tokens_and_takes_returns_before() -> None:
     assert float(real.mean()) == pytest.approx(0, abs=1e-12)
     assert float(real.var(correction=0)) == pytest.approx(1, abs=1e-7)
     torch.testing.assert_close(raw.returns, whitened.returns)
+    torch.testing.assert_close(raw.advantages, (raw.returns - values) * rollout().mask)
     returns = raw.returns[rollout().mask]
     left = returns - values[rollout().mask]
     explained = 1 - float(left.var(correction=0) / returns.var(correction=0))

@@ -20,10 +20,11 @@ from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Sequences, SupervisedBatch, UnpairedBatch
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss, KTOLoss
-from rlhf_lit.models.flops import count_flops, uncounted
+from rlhf_lit.models.flops import FlopCount, count_flops, uncounted
 from rlhf_lit.models.loading import Base, LoRA, Quantization
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.packing import sequence_states, without_sharing
+from rlhf_lit.training.utilisation import log_rate
 from tests.unit.tiny import EVERYTHING, Step, build, make_on_policy, make_ppo, save_model, sequences
 
 ROWS, LENGTH, LAYERS, WIDTH = 4, 12, 2, 32
@@ -276,5 +277,5 @@ def test_utilisation_is_of_the_peak_in_the_dtype_of_the_products(
     logged: dict[str, float] = {}
     monkeypatch.setattr(module, "log", lambda name, value: logged.update({name: float(value)}))
     total = of(model, SupervisedBatch(rows(), EVERYTHING))
-    module._log_flops(torch.tensor(total, dtype=torch.float64), seconds=2.0)
+    log_rate(module, FlopCount(torch.tensor(total, dtype=torch.float64)), seconds=2.0)
     assert logged == pytest.approx({"train/tflops_per_s": total / 2e12, "train/mfu": total / 2 / 4_000_000})
