@@ -117,7 +117,7 @@ class PreferenceDataModule(TextDataModule):
         }
 
     def responses(self) -> Iterator[tuple[list[int], list[bool]]]:
-        """Tokens and masks of both sides of every pair that the run at hand compares."""
+        """Tokens and masks of both sides of every pair that the present run compares."""
         for row in (row for name in SPLITS for row in self.rows_seen(name)):
             for side in ("chosen", "rejected"):
                 yield row[side], row[f"{side}_mask"]
@@ -177,7 +177,7 @@ class UnpairedDataModule(TextDataModule):
         return {"tokens": tokens, "mask": mask, "mismatched": tokens, "mismatched_mask": mask, "desirable": True}
 
     def responses(self) -> Iterator[tuple[list[int], list[bool]]]:
-        """Tokens and masks of every response, and of every mismatched one, that the run at hand compares."""
+        """Tokens and masks of every response, and of every mismatched one, that the present run compares."""
         for row in (row for name in SPLITS for row in self.rows_seen(name)):
             yield row["tokens"], row["mask"]
             yield row["mismatched"], row["mismatched_mask"]

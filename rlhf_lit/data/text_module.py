@@ -272,7 +272,7 @@ class TextDataModule(LightningDataModule):
             yield self.collate(rows[start : start + self.batch_size])
 
     def rows_seen(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a split that the trainer's limits leave to the run at hand, however far it has come."""
+        """The rows of a split that the trainer's limits leave to the present run, however far it has come."""
         assert self.trainer is not None
         trainer, rows = self.trainer, self.examples.get(name) or []
         size = self._batch_size(name)
