@@ -34,7 +34,7 @@ class Source:
         name: configuration of a hub data set.
         columns: our name for a column → the file's name, e.g. `{prompt: question, chosen: response_j}`.
         limit: read usable rows until there are this many; all of them where it is null.
-        world: the built-in world, where the path is `playground`.
+        world: the built-in world, where the path is `playground`; null is its default make-up.
 
     Raises:
         UserError: a ``world`` of its own beside another path.
@@ -45,12 +45,12 @@ class Source:
     name: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
-    world: World = World()
+    world: World | None = None
 
     def __post_init__(self) -> None:
-        if self.world != World() and self.path != PLAYGROUND:
+        if self.world is not None and self.path != PLAYGROUND:
             raise UserError(
-                f"world: it makes up the rows of the path {PLAYGROUND} alone, not those of {self.path}; leave it out"
+                f"world: it makes up the rows of the path {PLAYGROUND} alone, not those of {self.path}; set it to null"
             )
 
     @property
@@ -67,11 +67,12 @@ def is_local_file(path: str) -> bool:
 def require_one_world(sources: Mapping[str, Source | None]) -> None:
     """Refuse parts of different built-in worlds, whose splits overlap. Raises UserError."""
     parts = {name: source for name, source in sources.items() if source is not None and source.path == PLAYGROUND}
-    for (first, one), (name, other) in pairwise(parts.items()):
-        if one.world.seed != other.world.seed:
+    seeds = {name: (source.world or World()).seed for name, source in parts.items()}
+    for (first, one), (name, other) in pairwise(seeds.items()):
+        if one != other:
             raise UserError(
-                f"data.{name}.world.seed: {other.world.seed} splits the built-in world otherwise than "
-                f"data.{first}.world.seed: {one.world.seed}, so that prompts of one may be in the other; set both alike"
+                f"data.{name}.world.seed: {other} splits the built-in world otherwise than data.{first}.world.seed: "
+                f"{one}, so that prompts of one may be in the other; set both alike"
             )
 
 
@@ -86,7 +87,7 @@ def rows_of(source: Source, wanted: Wanted) -> list[Any]:
         UserError: as ``read_rows`` and ``playground.rows`` say.
     """
     if source.path == PLAYGROUND:
-        return list(playground.rows(source.world, wanted, source.split))
+        return list(playground.rows(source.world or World(), wanted, source.split))
     return read_rows(source)
 
 

@@ -256,7 +256,7 @@ def test_ranks_with_different_rows_do_not_begin(place, tmp_path):
     for folder, word in ((place, "one"), (tmp_path, "two")):
         (folder / "rows.jsonl").write_text('{"prompt": "three"}\n' + f'{{"prompt": "{word}"}}\n')
         (folder / "ppo.yaml").write_text((place / "ppo.yaml").read_text())
-    rows = ["--data.train.path=rows.jsonl", "--data.validation=null"]
+    rows = ["--data.train.path=rows.jsonl", "--data.train.world=null", "--data.validation=null"]
     run = start(place, "ddp", "rows", *rows, last=(tmp_path, []))
     assert run.statuses(BOUND) == [2, 2], run.said()
     line = assert_one_line(run.said(), "error: rank 1 is not set up as rank 0 is: the data of train is ")

@@ -249,9 +249,9 @@ def test_parts_of_two_worlds_are_refused() -> None:
 
 
 def test_a_world_belongs_to_the_playground_alone() -> None:
-    assert Source("rows.jsonl", world=World()).world == World()
+    assert Source("rows.jsonl", world=None).world is None
     with pytest.raises(
-        UserError, match=r"^world: it makes up the rows of the path playground alone, not those of rows"
+        UserError, match=r"^world: it makes up the rows of the path playground alone, .* of rows\.jsonl; set it to null"
     ):
         Source("rows.jsonl", world=World(seed=3))
 
