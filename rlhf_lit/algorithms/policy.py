@@ -69,7 +69,8 @@ class Writer(LightningModule):
         between the role's name and the answer)."""
         sequences = samples.sequences
         ids = [row[mask].tolist() for row, mask in zip(sequences.tokens.cpu(), sequences.mask.cpu(), strict=True)]
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of no ids it makes one text
+        return [text.strip() for text in texts]
 
     def completions(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Prompts and responses as text, for files and people."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf_lit.algorithms.algorithm import Algorithm, Optimizer, Schedule, StepLoss
 from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.batches import Batch, Sequences
-from rlhf_lit.batches.micro_batches import cut_by_tokens
+from rlhf_lit.batches.micro_batches import Layout, cut_by_tokens
 from rlhf_lit.data.modules import SFTDataModule
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.loading import Base
@@ -43,8 +43,8 @@ class WeightedBatch(Batch):
     def dummy(self) -> WeightedBatch:
         return replace(self, sequences=Sequences.dummy(self.weight.device), weight=self.weight.new_ones(1))
 
-    def micro_batches(self, layout: str = "padded") -> Iterator[WeightedBatch]:
-        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, packed):
+    def micro_batches(self, layout: Layout = "padded") -> Iterator[WeightedBatch]:
+        for rows in cut_by_tokens(self.sequences.lengths, self.micro_batch_tokens, layout):
             yield self.select(rows)
 
     def __len__(self) -> int:
