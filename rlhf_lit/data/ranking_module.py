@@ -21,14 +21,15 @@ class RankingDataModule(TextDataModule):
     ``batch_size`` counts prompts.
 
     Args:
-        rows: the arguments of ``TextDataModule``, by name.
+        train: training rows; the first argument, as of every data module.
+        rows: the other arguments of ``TextDataModule``, by name.
         max_answers: a list of more is a bad row. All answers to a prompt go through the device at once.
     """
 
     gives = RankedBatch
 
-    def __init__(self, *, max_answers: int = 9, **rows: Any) -> None:
-        super().__init__(**rows)
+    def __init__(self, train: Source | None = None, *, max_answers: int = 9, **rows: Any) -> None:
+        super().__init__(train, **rows)
         if max_answers < 2:
             raise UserError(f"data.max_answers must be at least 2, not {max_answers}")
         self.max_answers = max_answers

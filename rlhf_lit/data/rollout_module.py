@@ -25,6 +25,7 @@ class RolloutDataModule(TextDataModule):
     alone) or by the trainer's own limits, in optimizer steps or passes.
 
     Args:
+        train: training rows; the first argument, as of every data module.
         rows: the other arguments of ``TextDataModule``, by name.
         rollout_size: prompts answered per rollout, over all ranks.
         samples_per_prompt: responses to each prompt of a rollout.
@@ -39,6 +40,7 @@ class RolloutDataModule(TextDataModule):
 
     def __init__(
         self,
+        train: Source | None = None,
         *,
         rollout_size: int = 128,
         samples_per_prompt: int = 1,
@@ -48,7 +50,7 @@ class RolloutDataModule(TextDataModule):
         max_length: int = 512,
         **rows: Any,
     ) -> None:
-        super().__init__(batch_size=batch_size, max_length=max_length, **rows)
+        super().__init__(train, batch_size=batch_size, max_length=max_length, **rows)
         if rollout_size < 1 or samples_per_prompt < 1 or ppo_epochs < 1:
             raise UserError("data.rollout_size, data.samples_per_prompt and data.ppo_epochs must be at least 1")
         if rollout_size * samples_per_prompt % batch_size:
