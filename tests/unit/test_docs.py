@@ -112,6 +112,8 @@ def known_keys() -> set[str]:
             "dpo/simpo",
         ):
             found |= set(keys_of(parsed(["fit", f"--config=configs/{name}.yaml", *OVERLAYS])))
+        world = ["--config=configs/sft/quickstart.yaml", "--data.train.world={seed: 3}"]
+        found |= set(keys_of(parsed(["fit", *world])))
         vllm = "--config=configs/overlays/vllm.yaml"
         return found | set(keys_of(parsed(["fit", "--config=configs/ppo/qwen_0.5b.yaml", vllm])))
 
