@@ -46,7 +46,7 @@ MACHINE = (
     "model.base.gradient_checkpointing",
     "model.base.compile",
     "model.sampling.rows_at_once",
-    "model.share_prompts",
+    "model.share_prompts",  # of runs from when it was a setting
     "model.reference.precompute",
     "model.reference.complete",
     "model.reference.cache",
