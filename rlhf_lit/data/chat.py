@@ -48,6 +48,23 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """What is to be tokenised.
+
+    Attributes:
+        messages: the turns, or one turn of raw text (role ``text``).
+        answer: number of the message with which the final answer begins; what stands before is the prompt.
+        first: assistant turns from this message on are supervised, where the turn itself allows it.
+        tools: the tools that its template is told of, as the file has them.
+    """
+
+    messages: Sequence[Message]
+    answer: int
+    first: int = 0
+    tools: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A conversation as tokens.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = {
@@ -44,16 +44,29 @@ class Message:
     """One turn.
 
     Attributes:
-        role: ``system``, ``user``, ``assistant`` or ``tool``.
-        content: its text.
+        role: ``system``, ``user``, ``assistant`` or ``tool``; ``text`` of raw text, a conversation of that one turn.
+        content: its text; "" of an assistant that calls tools and says nothing.
+        tool_calls: what an assistant calls, as the file has it.
+        supervised: whether an assistant turn is learned.
+        extra: what else a chat template may read, e.g. ``name``, ``tool_call_id``, ``reasoning_content``.
     """
 
     role: str
     content: str
+    tool_calls: tuple[Any, ...] = ()
+    supervised: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 Turns = tuple[Message, ...]
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands in the place of a row that could not be parsed; it is a bad row for the reason given."""
+
+    reason: str
 
 
 class BadRow(Exception):
