@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -74,11 +74,17 @@ class Encoded:
             where nothing is left to supervise: the caller counts and drops such a row.
         boundary_moved: the tokens of a prompt alone are not a prefix of the tokens of prompt and answer, so that
             supervision starts at their common prefix, before the answer's first character.
+        prompt: tokens of what stands before the final answer, with what opens an answer.
+        text: that prompt as a reward function and a reader see it: a single turn bare, a dialogue rendered.
+        unsupervised: assistant turns that should have been supervised and are not.
     """
 
     tokens: list[int]
     mask: list[bool]
     boundary_moved: bool
+    prompt: list[int] = field(default_factory=list)
+    text: str = ""
+    unsupervised: int = 0
 
 
 class ChatFormat:
@@ -111,6 +117,30 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self._template: str = tokenizer.get_chat_template()
         self._marks_answers = bool(_GENERATION_BLOCK.search(self._template)) and tokenizer.is_fast
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | str]:
+        """Each conversation's tokens with its prompt, or why the template refuses it."""
+        return [self._or_reason(self._whole, one) for one in conversations]
+
+    def prompts(self, conversations: Sequence[Conversation]) -> list[Encoded | str]:
+        """The prompts alone, whose tokens are all of each result."""
+        return [self._or_reason(self._prompt_of, one) for one in conversations]
+
+    def _or_reason(self, make: Callable[[Conversation], Encoded], conversation: Conversation) -> Encoded | str:
+        try:
+            return make(conversation)
+        except UserError as error:
+            return str(error)
+
+    def _whole(self, conversation: Conversation) -> Encoded:
+        before = self._prompt_of(conversation)
+        return replace(self._encode(conversation.messages, conversation.first), prompt=before.prompt, text=before.text)
+
+    def _prompt_of(self, conversation: Conversation) -> Encoded:
+        messages = conversation.messages[: conversation.answer]
+        text = messages[0].content if len(messages) == 1 else self.render_prompt(messages)
+        tokens = self.prompt(messages)
+        return Encoded(tokens, [False] * len(tokens), False, tokens, text)
 
     def demonstration(self, messages: Sequence[Message]) -> Encoded:
         """The conversation, supervised on every assistant turn.
