@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, TypeVar
 
 from rlhf_lit.data import ranked_rows
 from rlhf_lit.data import rows as row_shapes
@@ -49,6 +49,7 @@ class Demonstration:
     messages: tuple[Message, ...]
     row: int
     source: dict[str, Any]
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Preference:
     margin: float
     row: int
     source: dict[str, Any]
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Judged:
     desirable: bool
     row: int
     source: dict[str, Any]
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Ranking:
     ratings: tuple[float, ...]
     row: int
     source: dict[str, Any]
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Prompt:
     prompt: tuple[Message, ...]
     row: int
     source: dict[str, Any]
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -136,6 +141,7 @@ class RowReport:
     total: int = 0
     used: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
     first_rows: dict[str, list[int]] = field(default_factory=dict)
 
     def skip(self, reason: str, row: int) -> None:
@@ -378,3 +384,41 @@ def renamed(raw: dict[str, Any], mapping: dict[str, str]) -> dict[str, Any]:
     """A row by our names for its columns."""
     kept = {name: value for name, value in raw.items() if name not in mapping.values()}
     return kept | {ours: raw.get(theirs) for ours, theirs in mapping.items()}
+
+
+class RowReader(Generic[R]):
+    def __init__(self, make, source):
+        self.make = make
+        self.source = source
+
+    def unused(self, raw):
+        return set()
+
+    def read(self, raw, number):
+        try:
+            found, _ = self.make([raw], replace(self.source, limit=None), on_bad_row="skip")
+        except UserError as error:
+            raise BadRow(str(error).split("skipped 1 ")[-1].split(" (row")[0])
+        return [replace(r, row=number) for r in found]
+
+
+def demonstration_reader(first, source):
+    return RowReader(demonstrations, source)
+
+
+def preference_reader(first, source):
+    return RowReader(preferences, source)
+
+
+def judged_reader(first, source):
+    return RowReader(judged, source)
+
+
+def ranking_reader(first, source, most=None):
+    from functools import partial
+
+    return RowReader(partial(rankings, most=most), source)
+
+
+def prompt_reader(first, source):
+    return RowReader(prompts, source)
