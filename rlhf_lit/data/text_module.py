@@ -214,7 +214,8 @@ class TextDataModule(LightningDataModule):
             else:
                 kept.append({**tokens, "source": record.source, "row": record.row})
         self.reports[name] = report
-        say(f"{name}: {report.summary()}")
+        for line in (report.summary(), *report.remarks()):
+            say(f"{name}: {line}")
         if moved := sum(bool(row.get("moved")) for row in kept):
             say(
                 f"{name}: in {moved} rows the prompt's own tokens are not a prefix of the row's; the response starts "
