@@ -98,7 +98,11 @@ class PreferenceDataModule(TextDataModule):
     }
 
     def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
-        return records.preference_reader(first_rows, source)
+        return records.preference_reader(first_rows, source, margins=self.reads_margins)
+
+    @property
+    def settings(self) -> list[object]:
+        return [self.reads_margins]
 
     def conversations(self, record: records.Preference) -> list[Conversation]:
         return answers_to(record.prompt, [record.chosen, record.rejected], record.tools)

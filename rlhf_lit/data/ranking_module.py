@@ -48,10 +48,10 @@ class RankingDataModule(TextDataModule):
 
     @property
     def settings(self) -> list[object]:
-        return [self.max_answers]
+        return [self.max_answers, self.reads_margins]
 
     def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
-        return records.ranking_reader(first_rows, source, most=self.max_answers)
+        return records.ranking_reader(first_rows, source, most=self.max_answers, margins=self.reads_margins)
 
     def conversations(self, record: records.Ranking) -> list[Conversation]:
         return answers_to(record.prompt, record.answers, record.tools)

@@ -148,8 +148,15 @@ class TextDataModule(LightningDataModule):
 
     @property
     def settings(self) -> list[object]:
-        """Fields of a subclass that its rows depend on."""
+        """What else rows of a subclass depend on."""
         return []
+
+    @property
+    def reads_margins(self) -> bool:
+        """Whether the running loss does, so that a row without one is a bad row."""
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        return bool(getattr(getattr(module, "loss", None), "use_margin", False))
 
     @property
     def answers_per_row(self) -> int:
@@ -256,37 +263,27 @@ class TextDataModule(LightningDataModule):
                 f"train: {source.label} is streamed: it has no length, its rows are shuffled among {buffer} at a time, "
                 "and the bad ones are counted in the first of these alone"
             )
-            self._say(name, load.report, load.moved, load.unsupervised)
+            self._say(name, load.report)
             return rows
         settings = (*code_of(type(self)), self.chat.fingerprint, self.max_length, self.truncation, *self.settings)
         key = key_of(load.file, source, settings)
         stored = tokenised(load, key, self.cache)
-        report = RowReport(**stored.summary["report"])
-        report.file = source.label  # that of whoever wrote the store may have had another name
-        if self.on_bad_row == "error" and report.counts:
-            reason = min(report.counts, key=lambda reason: report.first_rows[reason][0])
-            raise UserError(stopped(source, report.first_rows[reason][0], reason))
+        report = RowReport.from_json(stored.summary, source.label)
+        if self.on_bad_row == "error" and report.first_bad is not None:
+            raise UserError(stopped(source, *report.first_bad))
         place = name if len(self.sources[name]) < 2 else f"{name} ({source.label})"
         self.identities[place] = f"{len(stored)} rows with the digest {key[:12]}"
         self.reports[place] = report
-        self._say(place, report, stored.summary["moved"], stored.summary["unsupervised"])
+        self._say(place, report)
         return stored
 
     def _work(self, source: Source, first_rows: list[Any]) -> Work:
         reader = self.reader(first_rows, source)
         return Work(reader, self.encode, self.conversations, self.row, schema_of(self.columns))
 
-    def _say(self, name: str, report: RowReport, moved: int, unsupervised: int) -> None:
-        say(f"{name}: {report.summary()}")
-        if report.unused:
-            say(f"{name}: {report.file}: columns that were not used: {', '.join(report.unused)}")
-        if moved:
-            say(
-                f"{name}: in {moved} rows the prompt's own tokens are not a prefix of the row's; the response starts "
-                "at the common prefix"
-            )
-        if unsupervised:
-            say(f"{name}: answers not supervised: {unsupervised}, since the chat template rewrites them")
+    def _say(self, name: str, report: RowReport) -> None:
+        for line in (report.summary(), *report.remarks()):
+            say(f"{name}: {line}")
 
     # Loaders
 
@@ -351,7 +348,8 @@ class TextDataModule(LightningDataModule):
     def rows_seen(self, name: str) -> Sequence[Mapping[str, Any]]:
         """The rows of a split that the trainer's limits leave to the present run, however far it has come."""
         assert self.trainer is not None
-        trainer, rows = self.trainer, self.examples.get(name) or []
+        trainer = self.trainer
+        rows: Sequence[Any] = self.examples.get(name) or []
         size = self._batch_size(name)
         batches = math.ceil(len(rows) / size)
         limit = {
@@ -369,7 +367,7 @@ class TextDataModule(LightningDataModule):
 
     def sample_prompts(self) -> PromptBatch | None:
         """A few held-out prompts (training ones where nothing is held out) to watch the policy by."""
-        found = self.examples.get("validation") or self.examples.get("train") or []
+        found: Sequence[Any] = self.examples.get("validation") or self.examples.get("train") or []
         rows = [row for row in found[:SHOWN_SAMPLES] if row["prompt"]]
         return self.prompt_batch([(row, i, 0) for i, row in enumerate(rows)]) if rows else None
 
@@ -392,6 +390,6 @@ class TextDataModule(LightningDataModule):
 
     def prompt_loader(self, name: str) -> BatchLoader | list[Any]:
         """Prompts of a split, to be answered."""
-        rows = self.examples.get(name) or []
+        rows: Sequence[Any] = self.examples.get(name) or []
         items = [(row, i, 0) for i, row in enumerate(rows) if row["prompt"]]
         return self._batches(name, items, self.prompt_batch)

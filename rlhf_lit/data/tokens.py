@@ -30,7 +30,7 @@ from rlhf_lit.data import store
 from rlhf_lit.data.chat import Conversation, Encoded
 from rlhf_lit.data.progress import Advance, loading
 from rlhf_lit.data.records import OnBadRow, RowReader, RowReport
-from rlhf_lit.data.rows import BadRow
+from rlhf_lit.data.rows import BadRow, Tie
 from rlhf_lit.data.sources import Chunk, RowFile, Source
 from rlhf_lit.data.store import StoredRows
 from rlhf_lit.errors import UserError, say
@@ -43,15 +43,31 @@ FIRST_ROWS = 10_000  # that decide what shape a file has; no process is started 
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A row, or a record made of one, that is not used.
+
+    Attributes:
+        row: its number in the file.
+        records: of the chunk that were found before it.
+        reason: in a few words.
+        is_tie: nothing is wrong with it.
+    """
+
+    row: int
+    records: int
+    reason: str
+    is_tie: bool = False
+
+
+@dataclass(frozen=True)
 class Part:
     """What became of a chunk.
 
     Attributes:
         batch: its usable rows.
-        records: of each record found in the chunk, the number of its row.
+        looked_at: of each record found in the chunk, rows looked at when it was.
         places: of each row of the batch, which record it is.
-        skipped: of each row or record that is not used: the row's number, which record (None: no record could be made
-            of the row), and why.
+        skipped: what is not used, in the file's order.
         moved: of each row of the batch, whether its prompt's tokens are no prefix of its own.
         unsupervised: of each row of the batch, answers that should have been supervised and are not.
         unused: columns that hold text and took no part.
@@ -60,9 +76,9 @@ class Part:
     """
 
     batch: pa.RecordBatch
-    records: list[int]
+    looked_at: list[int]
     places: list[int]
-    skipped: list[tuple[int, int | None, str]]
+    skipped: list[Skipped]
     moved: list[bool]
     unsupervised: list[int]
     unused: set[str]
@@ -71,21 +87,18 @@ class Part:
 
     def first(self, count: int) -> Part:
         """The part up to its ``count``-th record, whose row is the last that was looked at."""
-        if len(self.records) <= count:
+        if len(self.looked_at) <= count:
             return self
-        end = self.records[count - 1]
         kept = sum(place < count for place in self.places)
-        skipped = [s for s in self.skipped if (s[1] < count if s[1] is not None else s[0] < end)]
-        unreadable = sum(s[1] is None for s in skipped)
         return replace(
             self,
             batch=self.batch.slice(0, kept),
-            records=self.records[:count],
+            looked_at=self.looked_at[:count],
             places=self.places[:kept],
-            skipped=skipped,
+            skipped=[skipped for skipped in self.skipped if skipped.records < count],
             moved=self.moved[:kept],
             unsupervised=self.unsupervised[:kept],
-            rows=count + unreadable,
+            rows=self.looked_at[count - 1],
         )
 
 
@@ -109,18 +122,21 @@ class Work:
 
     def __call__(self, chunk: Chunk) -> Part:
         records: list[Any] = []
-        skipped: list[tuple[int, int | None, str]] = []
+        looked_at: list[int] = []
+        skipped: list[Skipped] = []
         unused: set[str] = set()
-        looked_at = 0
+        rows_seen = 0
         for number, raw in enumerate(chunk.rows(), chunk.first):
             unused |= self.reader.unused(raw)
-            try:
-                found = self.reader.read(raw, number)
-                looked_at += len(found)
-                records.extend(found)
-            except BadRow as reason:
-                looked_at += 1
-                skipped.append((number, None, str(reason)))
+            for part in self.reader.parts(raw):
+                rows_seen += self.reader.per_row
+                try:
+                    found = self.reader.read(part, number)
+                except BadRow as reason:
+                    skipped.append(Skipped(number, len(records), str(reason), isinstance(reason, Tie)))
+                else:
+                    records += found
+                    looked_at += [rows_seen] * len(found)
         asked = [list(self.conversations(record)) for record in records]
         encoded = iter(self.encode([conversation for some in asked for conversation in some]))
         rows, places, moved, unsupervised = [], [], [], []
@@ -128,24 +144,15 @@ class Work:
             tokens = [next(encoded) for _ in some]
             made = self._row(record, tokens)
             if isinstance(made, str):
-                skipped.append((record.row, place, made))
+                skipped.append(Skipped(record.row, place, made))
                 continue
             rows.append({**made, "row": record.row, "source": record.source})
             places.append(place)
             moved.append(any(one.boundary_moved for one in tokens if isinstance(one, Encoded)))
             unsupervised.append(sum(one.unsupervised for one in tokens if isinstance(one, Encoded)))
-        skipped.sort(key=lambda one: one[0])
-        return Part(
-            store.record_batch(rows, self.schema),
-            [record.row for record in records],
-            places,
-            skipped,
-            moved,
-            unsupervised,
-            unused,
-            looked_at,
-            chunk.done,
-        )
+        skipped.sort(key=lambda one: one.row)
+        batch = store.record_batch(rows, self.schema)
+        return Part(batch, looked_at, places, skipped, moved, unsupervised, unused, rows_seen, chunk.done)
 
     def _row(self, record: Any, tokens: Sequence[Encoded | str]) -> dict[str, Any] | str:
         refused = next((reason for reason in tokens if isinstance(reason, str)), None)
@@ -174,7 +181,6 @@ class Loading:
 
     def __post_init__(self) -> None:
         self.report = RowReport(self.source.label)
-        self.moved = self.unsupervised = 0
 
     def write(self, path: Path) -> None:
         """Read everything and write the store.
@@ -186,7 +192,7 @@ class Loading:
         self.__post_init__()
         with loading(self.name) as advance:
             schema, parts = self.parts(advance)
-            store.write(path, schema, (part.batch for part in parts), self.summary)
+            store.write(path, schema, (part.batch for part in parts), self.report.as_json)
         if not self.report.used:
             raise UserError(f"data.{self.name}: no usable row in {self.source.path}: {self.report.summary()}")
 
@@ -208,32 +214,31 @@ class Loading:
             if len(rows) >= FIRST_ROWS:
                 break
         work = self.work_of(rows)
+        self.report.notes = work.reader.notes()
         processes = self.workers or cores()
         if len(rows) < FIRST_ROWS or "fork" not in multiprocessing.get_all_start_methods():
             processes = 1
         wanted = islice(chain(first, chunks), skip, None)
-        return work.schema, self._counted(_in_order(work, wanted, processes), advance)
+        return work.schema, self._counted(work, _in_order(work, wanted, processes), advance)
 
-    def summary(self) -> dict[str, Any]:
-        """What the store says of its rows."""
-        return {"report": asdict(self.report), "moved": self.moved, "unsupervised": self.unsupervised}
-
-    def _counted(self, parts: Iterable[Part], advance: Advance) -> Iterator[Part]:
+    def _counted(self, work: Work, parts: Iterable[Part], advance: Advance) -> Iterator[Part]:
         """The parts as far as the limit reaches, their rows counted."""
         report, found = self.report, 0
+        limit = None if self.source.limit is None else self.source.limit * work.reader.per_row
         for whole in parts:
-            limit = self.source.limit
             part = whole if limit is None else whole.first(limit - found)
-            for number, _, reason in part.skipped:
-                if self.on_bad_row == "error":
-                    raise UserError(stopped(self.source, number, reason))
-                report.skip(reason, number)
+            for skipped in part.skipped:
+                if self.on_bad_row == "error" and not skipped.is_tie:
+                    raise UserError(stopped(self.source, skipped.row, skipped.reason))
+                report.skip(skipped.reason, skipped.row)
+                if not skipped.is_tie:
+                    report.first_bad = report.first_bad or (skipped.row, skipped.reason)
             report.total += part.rows
             report.used += part.batch.num_rows
-            report.unused = sorted({*report.unused, *part.unused})
-            self.moved += sum(part.moved)
-            self.unsupervised += sum(part.unsupervised)
-            found += len(part.records)
+            report.unused |= part.unused
+            report.moved += sum(part.moved)
+            report.unsupervised += sum(part.unsupervised)
+            found += len(part.looked_at)
             advance(report.total, part.done)
             yield part
             if limit is not None and found >= limit:

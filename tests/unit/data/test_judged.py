@@ -38,6 +38,16 @@ def read(*rows: Any, **options: Any) -> tuple[list[Any], Any]:
         ("False", False),
         (" 1 ", True),
         ("0", False),
+        (1.0, True),
+        (-1, False),
+        ("1.0", True),
+        ("0.0", False),
+        ("yes", True),
+        ("No", False),
+        ("desirable", True),
+        ("undesirable", False),
+        ("good", True),
+        ("bad", False),
     ],
 )
 def test_labels_as_files_have_them(label: Any, desirable: bool) -> None:
@@ -49,7 +59,7 @@ def test_labels_as_files_have_them(label: Any, desirable: bool) -> None:
 
 @pytest.mark.parametrize(
     ("label", "reason"),
-    [(None, "null label"), ("good", "non-boolean label"), (2, "non-boolean label"), ([], "non-boolean label")],
+    [(None, "null label"), ("maybe", "non-boolean label"), (2, "non-boolean label"), ([], "non-boolean label")],
 )
 def test_other_labels_are_counted(label: Any, reason: str) -> None:
     found, report = read(GOOD, {**GOOD, "label": label})

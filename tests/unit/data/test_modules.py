@@ -72,11 +72,11 @@ def test_sft_batches_hold_the_rows_tokens(file) -> None:
 
 
 def test_preference_batches_hold_both_sides(file) -> None:
-    pairs = [{**pair, "score_chosen": 3.0, "score_rejected": i} for i, pair in enumerate(PAIRS[:5])]
+    pairs = [{**pair, "score_chosen": 5.0, "score_rejected": i} for i, pair in enumerate(PAIRS[:5])]
     module = ready(PreferenceDataModule(file(pairs), batch_size=5, cache=None))
     (batch,) = module.batches_in_order(5)
     assert isinstance(batch, PreferenceBatch)
-    assert batch.margin.tolist() == [3.0, 2.0, 1.0, 0.0, -1.0]
+    assert batch.margin.tolist() == [5.0, 4.0, 3.0, 2.0, 1.0]
     own = tokenizer()
     for side, texts in ((batch.chosen, "chosen"), (batch.rejected, "rejected")):
         found = [
