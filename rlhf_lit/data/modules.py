@@ -71,7 +71,8 @@ class PreferenceDataModule(TextDataModule):
     gives = PreferenceBatch
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        return records.preferences(records.rows_of(source, "pairs"), source, on_bad_row=self.on_bad_row)
+        rows = records.rows_of(source, "pairs")
+        return records.preferences(rows, source, on_bad_row=self.on_bad_row, margins=self.reads_margins)
 
     def encode(self, record: records.Preference) -> dict[str, Any] | str:
         chosen, rejected = self.chat.pair(record.prompt, record.chosen, record.rejected)

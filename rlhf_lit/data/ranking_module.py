@@ -36,7 +36,9 @@ class RankingDataModule(TextDataModule):
 
     def read(self, source: Source) -> tuple[list[Any], RowReport]:
         rows = records.rows_of(source, "ranked answers")
-        return records.rankings(rows, source, on_bad_row=self.on_bad_row, most=self.max_answers)
+        return records.rankings(
+            rows, source, on_bad_row=self.on_bad_row, most=self.max_answers, margins=self.reads_margins
+        )
 
     def encode(self, record: records.Ranking) -> dict[str, Any] | str:
         answers = self.chat.answers(record.prompt, record.answers)

@@ -19,6 +19,7 @@ class RowReport:
         first_rows: the first few row numbers of each reason.
         unused: columns with text in them (or that may judge an answer) which had no part in any row.
         notes: lines about how the file was read.
+        unused_are: what the columns of ``unused`` are called.
     """
 
     file: str
@@ -28,6 +29,7 @@ class RowReport:
     first_rows: dict[str, list[int]] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    unused_are: str = "columns that were not used"
 
     def skip(self, reason: str, row: int) -> None:
         """Count a row that is not used."""
@@ -66,5 +68,5 @@ class RowReport:
         """Further lines, once a file: how it was read, and ``rows.jsonl: columns that were not used: context``."""
         lines = [f"{self.file}: {note}" for note in self.notes]
         if self.unused:
-            lines.append(f"{self.file}: columns that were not used: {', '.join(sorted(self.unused))}")
+            lines.append(f"{self.file}: {self.unused_are}: {', '.join(sorted(self.unused))}")
         return lines

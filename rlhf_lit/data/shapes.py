@@ -25,8 +25,8 @@ from rlhf_lit.errors import UserError
 FIRST_ROWS = 10_000
 
 Form = Literal["chat", "answer", "pair", "versus", "list", "text", "prompt"]
-"""A conversation; prompt and answer; chosen and rejected; two answers and a verdict; a list of answers; raw text; a prompt
-alone."""
+"""A conversation; prompt and answer; chosen and rejected; two answers and a verdict; a list of answers; raw text; a
+prompt alone."""
 
 
 @dataclass(frozen=True)

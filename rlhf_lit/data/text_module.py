@@ -181,6 +181,13 @@ class TextDataModule(LightningDataModule):
         name = type(module).__name__
         raise UserError(f"data: {type(self).__name__} gives {self.gives.kind}, and {name} learns from {words}")
 
+    @property
+    def reads_margins(self) -> bool:
+        """Whether the running algorithm's loss reads margins, so that a row without one is bad."""
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        return bool(getattr(module, "reads_margins", False))
+
     def _load(self, name: str) -> None:
         source = self.sources[name]
         if name == "predict" and source is None:
