@@ -50,8 +50,6 @@ class Algorithm(LightningModule):
 
     # The kinds of batches it learns from, which data modules ask for; empty where it does not say.
     learns_from: ClassVar[tuple[type[Record], ...]] = ()
-    # Whether the loss reads by how much one answer was rated better, so that a row must say it.
-    reads_margins: bool = False
     # Metrics shown in the progress bar, beside loss and tokens per second.
     progress_metrics: ClassVar[tuple[str, ...]] = ()
     # The denominator by which validation averages over batches, and that of metrics which have another.

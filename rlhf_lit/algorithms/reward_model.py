@@ -73,7 +73,6 @@ class RewardModel(Algorithm):
         if unit_variance and not centre_pairs:
             raise UserError("model.unit_variance: needs pairs to measure the scores on; set model.centre_pairs above 0")
         self.loss = loss
-        self.reads_margins = loss.use_margin
         self.centre_pairs = centre_pairs
         self.unit_variance = unit_variance
         self.scorer: nn.Module

@@ -48,6 +48,8 @@ class Source:
     name: str | None = None
     columns: dict[str, ColumnName] = field(default_factory=dict)
     limit: int | None = None
+    weight: float = 1.0
+    streaming: bool = False
     world: World | None = None
 
     def __post_init__(self) -> None:
@@ -215,3 +217,27 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass
+class Chunk:
+    first: int
+    content: list
+    done: float
+
+    def rows(self):
+        return self.content
+
+
+class RowFile:
+    def __init__(self, rows):
+        self.all = rows
+        self.fingerprint = json.dumps(rows, default=str)
+
+    def chunks(self, n):
+        for i in range(0, len(self.all), n):
+            yield Chunk(i, self.all[i : i + n], i / len(self.all))
+
+
+def open_rows(source, wanted):
+    return RowFile(rows_of(source, wanted))
