@@ -99,6 +99,7 @@ def _reader(rows: Sequence[Any], source: Source) -> RowReader[Answered]:
         _candidates,
         needs={*c.PROMPT, *c.CHAT, *c.ANSWER, *c.PAIR, *c.VERSUS, *c.LISTS, *c.BESIDE, "ranks", "scores", "text"},
         beside=(*c.BESIDE, *MARGINS, "ranks", "scores"),
+        word="with",
     )
     # A line of the scores is the file's own row: no column is put to it under another name.
     return RowReader(shapes.find_shape(others, source, kind), _build, trees=True)

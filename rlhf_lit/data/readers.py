@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +11,7 @@ from rlhf_lit.data import columns as c
 from rlhf_lit.data import ranked_rows, reading, shapes
 from rlhf_lit.data.columns import Column, Columns
 from rlhf_lit.data.kinds import Demonstration, Judged, Preference, Prompt, Ranking
+from rlhf_lit.data.reports import RowReport
 from rlhf_lit.data.rows import BadRow, Row, Unreadable, label
 from rlhf_lit.data.shapes import Kind, Shape
 from rlhf_lit.data.sources import Source
@@ -42,6 +43,7 @@ class RowReader(Generic[R]):
         per_row: records that a whole row gives: two of a pair whose answers are judged one by one.
         trees: a row may be a message tree, which holds several lists.
         silent: columns that are never called unused.
+        unused_are: what the other unused ones are called.
     """
 
     shape: Shape
@@ -50,6 +52,7 @@ class RowReader(Generic[R]):
     per_row: int = 1
     trees: bool = False
     silent: frozenset[str] = frozenset()
+    unused_are: str = "columns that were not used"
     used: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +91,10 @@ class RowReader(Generic[R]):
             for column in raw.keys() - self.used
             if _holds_text(raw[column]) or (column in c.VERDICTS and raw[column] is not None)
         }
+
+    def report(self, source: Source) -> RowReport:
+        """A report of the file that says how it is read, before any row is counted."""
+        return RowReport(source.label, notes=self.notes(), unused_are=self.unused_are)
 
     def notes(self) -> list[str]:
         """How the file is read, where that is not to be seen from its columns' names."""
@@ -201,7 +208,7 @@ def judged_reader(first_rows: Sequence[Any], source: Source) -> RowReader[Judged
         beside=(*c.BESIDE, *MARGINS),
     )
     reader = _reader(first_rows, source, kind, _judged)
-    return reader if "label" in reader.shape.parts else RowReader(reader.shape, _both_judged, reader.mapped, per_row=2)
+    return reader if "label" in reader.shape.parts else replace(reader, build=_both_judged, per_row=2)
 
 
 def labelled(here: Mapping[str, Column]) -> Callable[[Shape], Shape]:
@@ -274,7 +281,12 @@ def prompt_reader(first_rows: Sequence[Any], source: Source) -> RowReader[Prompt
         beside=c.BESIDE,
         judges=False,
     )
-    return _reader(first_rows, source, kind, _prompt, silent=OF_ANSWERS)
+    reader = _reader(first_rows, source, kind, _prompt)
+    mapped = {column for part in reader.mapped.values() for column in part.sources}
+    # Rewards are handed whole rows.
+    return replace(
+        reader, silent=OF_ANSWERS | mapped, unused_are="columns that are no part of a prompt, for rewards alone"
+    )
 
 
 def _prompts(here: Mapping[str, Column]) -> Iterator[Shape]:
@@ -297,7 +309,6 @@ def _reader(
     kind: Kind,
     build: Build[R],
     trees: bool = False,
-    silent: Collection[str] = (),
 ) -> RowReader[R]:
     rows = shapes.first_rows(first_rows)
     if trees:
@@ -306,6 +317,4 @@ def _reader(
             return RowReader(TREE, build, trees=True)
         rows = others
     columns = Columns.of(source, shapes.columns_of(rows))
-    shape = shapes.find_shape(rows, source, kind)
-    taken = columns.taken if kind.judges is False else frozenset()
-    return RowReader(shape, build, columns.mapped, 1, trees, frozenset(silent) | taken)
+    return RowReader(shapes.find_shape(rows, source, kind), build, columns.mapped, trees=trees)

@@ -15,7 +15,7 @@ from rlhf_lit.data.messages import (
     turns,
 )
 from rlhf_lit.data.messages import check_prompt as _check_prompt
-from rlhf_lit.data.rows import BadRow, Message, Row, Turns, checked_text, number
+from rlhf_lit.data.rows import LARGEST, BadRow, Message, Row, Turns, checked_text, number
 from rlhf_lit.data.shapes import Shape
 
 
@@ -148,7 +148,9 @@ def margin(shape: Shape, row: Row, needed: bool) -> float:
             raise BadRow("chosen and scores disagree")
     else:
         return 0.0
-    return found if math.isfinite(found) else 0.0
+    if found > LARGEST:
+        raise BadRow("non-number margin")
+    return 0.0 if math.isnan(found) else found
 
 
 def _rating(column: Column, row: Row, needed: bool) -> float:

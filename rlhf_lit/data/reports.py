@@ -20,6 +20,7 @@ class RowReport:
         first_rows: the first few row numbers of each reason.
         unused: columns with text in them (or that may judge an answer) which had no part in any row.
         notes: lines about how the file was read.
+        unused_are: what the columns of ``unused`` are called.
         moved: rows whose prompt's own tokens are not a prefix of the row's.
         unsupervised: answers that should have been supervised and are not.
         first_bad: number of the first row that is not used though it should be, and why; a tie is none.
@@ -32,6 +33,7 @@ class RowReport:
     first_rows: dict[str, list[int]] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    unused_are: str = "columns that were not used"
     moved: int = 0
     unsupervised: int = 0
     first_bad: tuple[int, str] | None = None
@@ -90,7 +92,7 @@ class RowReport:
         """Further lines, once a file: how it was read, and ``rows.jsonl: columns that were not used: context``."""
         lines = [f"{self.file}: {note}" for note in self.notes]
         if self.unused:
-            lines.append(f"{self.file}: columns that were not used: {', '.join(sorted(self.unused))}")
+            lines.append(f"{self.file}: {self.unused_are}: {', '.join(sorted(self.unused))}")
         if self.moved:
             lines.append(
                 f"{self.file}: in {self.moved} rows the prompt's own tokens are not a prefix of the row's; the "

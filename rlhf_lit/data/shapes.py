@@ -125,6 +125,7 @@ class Kind:
         needs: our names whose mapping must have a part in the shape that is found.
         beside: our names for columns that are read beside the core.
         judges: a column that may say which of two answers is better must not be passed over.
+        word: between "no known shape" and ``wanted``.
     """
 
     wanted: str
@@ -132,6 +133,7 @@ class Kind:
     needs: Collection[str]
     beside: Collection[str] = ()
     judges: bool = True
+    word: str = "of"
 
 
 def first_rows(rows: Sequence[Any]) -> list[Any]:
@@ -258,7 +260,7 @@ def _refuse(found: Collection[str], columns: Columns, source: Source, kind: Kind
             f"RewardModel; here {kind.wanted} are needed"
         )
     raise UserError(
-        f"{source.path}: columns {shown} have no known shape of {kind.wanted}; "
+        f"{source.path}: columns {shown} have no known shape {kind.word} {kind.wanted}; "
         "name them in `columns`, e.g. {prompt: question}"
     )
 

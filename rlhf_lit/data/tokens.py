@@ -214,7 +214,7 @@ class Loading:
             if len(rows) >= FIRST_ROWS:
                 break
         work = self.work_of(rows)
-        self.report.notes = work.reader.notes()
+        self.report.notes, self.report.unused_are = work.reader.notes(), work.reader.unused_are
         processes = self.workers or cores()
         if len(rows) < FIRST_ROWS or "fork" not in multiprocessing.get_all_start_methods():
             processes = 1

@@ -97,6 +97,7 @@ def read_contests(source: Source, on_bad_row: OnBadRow) -> tuple[list[Contest], 
     sides = [str(source.columns.get(side, side)) for side in ("chosen", "rejected")]
     # A list of texts is checked like a pair by its first ones, and the others below.
     pairs, report = records.preferences([_first_of_each(row, sides) for row in rows], source, on_bad_row=on_bad_row)
+    report.unused -= {"subset", "id"}  # which the contests take
     contests = []
     for pair in pairs:
         raw = rows[pair.row]
