@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -364,6 +364,8 @@ def columns_of(rows: Sequence[Any], source: Source) -> tuple[set[str], set[str]]
 def check_mapping(source: Source, found: Set[str]) -> None:
     """Refuse a ``columns`` that names what we or the file do not know. Raises UserError."""
     for ours, theirs in source.columns.items():
+        if ours == "rows":  # where in the file its rows are: it has been read by that
+            continue
         if ours not in row_shapes.KNOWN_COLUMNS:
             raise UserError(
                 f"{source.path}: columns names '{ours}', which is none of {', '.join(sorted(row_shapes.KNOWN_COLUMNS))}"
@@ -374,7 +376,7 @@ def check_mapping(source: Source, found: Set[str]) -> None:
             )
 
 
-def renamed(raw: dict[str, Any], mapping: dict[str, str]) -> dict[str, Any]:
+def renamed(raw: dict[str, Any], mapping: Mapping[str, Any]) -> dict[str, Any]:
     """A row by our names for its columns."""
     kept = {name: value for name, value in raw.items() if name not in mapping.values()}
-    return kept | {ours: raw.get(theirs) for ours, theirs in mapping.items()}
+    return kept | {ours: raw.get(theirs) for ours, theirs in mapping.items() if ours != "rows"}

@@ -94,7 +94,7 @@ def read_contests(source: Source, on_bad_row: OnBadRow) -> tuple[list[Contest], 
             "`python -m rlhf_lit playground --model RUN --to FILE` and name it here"
         )
     rows = records.read_rows(source)
-    sides = [source.columns.get(side, side) for side in ("chosen", "rejected")]
+    sides = [str(source.columns.get(side, side)) for side in ("chosen", "rejected")]
     # A list of texts is checked like a pair by its first ones, and the others below.
     pairs, report = records.preferences([_first_of_each(row, sides) for row in rows], source, on_bad_row=on_bad_row)
     contests = []
