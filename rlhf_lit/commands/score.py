@@ -18,8 +18,8 @@ from rlhf_lit.batches import Sequences
 from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.answered import Answered, Kind, Unusable, answered
 from rlhf_lit.data.chat import ChatFormat, Encoded
-from rlhf_lit.data.records import RowReport
 from rlhf_lit.data.readers import without_compression
+from rlhf_lit.data.records import RowReport
 from rlhf_lit.data.sources import Column, Source, read_rows
 from rlhf_lit.data.truncation import Truncation, truncate_group
 from rlhf_lit.errors import UserError
