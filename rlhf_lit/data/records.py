@@ -340,6 +340,8 @@ def _collect(
             break
         report.total += 1
         try:
+            if isinstance(raw, row_shapes.Unreadable):
+                raise BadRow(raw.reason)
             if not isinstance(raw, dict):
                 raise BadRow("malformed")
             records.append(build(renamed(raw, source.columns), columns, number, raw))
