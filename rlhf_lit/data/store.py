@@ -42,8 +42,10 @@ def record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Rec
     """Rows as Arrow has them; a ``source`` becomes JSON, in which a date, say, is text."""
     return pa.RecordBatch.from_arrays(
         [
-            pa.array([_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type)
-            for field in schema
+            pa.array(
+                [_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type
+            )
+            for name in schema.names
         ],
         schema=schema,
     )
