@@ -14,7 +14,11 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    _render_with_assistant_indices,
+    render_jinja_template,
+)
 
 from rlhf_lit.data.rows import Message
 from rlhf_lit.errors import UserError, say
@@ -116,6 +120,15 @@ class ChatTemplate:
             UserError: the template refuses the conversation.
         """
         try:
+            if _is_plain(messages, tools):
+                return _render_with_assistant_indices(
+                    _compile_jinja_template(self.source),
+                    [{"role": message.role, "content": message.content} for message in messages],
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=False,
+                    **self.special,
+                )
             texts, blocks = render_jinja_template(
                 [[self._as_template_data(message) for message in messages]],
                 tools=list(tools) or None,
