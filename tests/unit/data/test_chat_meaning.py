@@ -1,4 +1,4 @@
-"""What a conversation says beside its texts: tool calls, turns not to be learned, system turns, raw text; many at once."""
+"""What a conversation is beside its texts: tool calls, turns not to be learned, system turns, raw text; batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ TOOLS = (  # Qwen's way: tools in the system turn, calls as JSON in tags, result
     "{% if tools %}{{'<|im_start|>system\\n# Tools\\n'}}{% for t in tools %}{{t | tojson + '\\n'}}{% endfor %}"
     "{{'<|im_end|>\\n'}}{% endif %}"
     "{% for m in messages %}"
-    "{% if m.role == 'tool' %}{{'<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n'}}"
+    "{% if m.role == 'tool' %}"
+    "{{'<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n'}}"
     "{% else %}" + HEAD + "{% if m.content %}{{m.content}}{% endif %}"
     "{% for c in m.tool_calls or [] %}"
     '{{\'<tool_call>\\n{"name": "\' + c.function.name + \'", "arguments": \'}}'
@@ -131,11 +132,7 @@ def test_a_text_that_ends_with_something_of_its_own_does_not_let_answers_run_on(
 
 
 def test_an_answer_that_is_not_in_the_text_is_counted() -> None:
-    last_only = CHATML.replace(
-        "{% for m in messages %}", "{% for m in messages if m['role'] != 'assistant' or loop.last %}"
-    )
-    last_only = last_only.replace("if m['role'] != 'assistant' or loop.last", "if m['content'] != 'Hello you!'")
-    tokenizer = small(last_only)
+    tokenizer = small(CHATML.replace("in messages %}", "in messages if m['content'] != 'Hello you!' %}"))
     encoded = ChatFormat(tokenizer).demonstration(DIALOGUE)
     assert supervised(tokenizer, encoded) == ["It is 4.<|im_end|>"]
     assert encoded.unsupervised == 1
@@ -196,26 +193,26 @@ def test_a_system_text_that_the_template_does_not_take_goes_before_the_users(
     assert capsys.readouterr().err.count("takes no system turn") == 1
 
 
-def raw(tokenizer: PreTrainedTokenizerFast, text: str, template: Template = "auto") -> list[str]:
+def raw(tokenizer: PreTrainedTokenizerFast, text: str, template: Template = "auto") -> str:
     (encoded,) = ChatFormat(tokenizer, template).encode([Conversation([Message("text", text)], 0)])
     assert isinstance(encoded, Encoded)
     assert encoded.mask == [False] + [True] * (len(encoded.tokens) - 1)
     assert (encoded.prompt, encoded.text, encoded.boundary_moved) == ([], "", False)
-    return tokenizer.convert_ids_to_tokens(encoded.tokens)
+    return tokenizer.decode(encoded.tokens)
 
 
 @pytest.mark.parametrize("template", [None, CHATML, CHATML_BLOCKS, GEMMA])
 def test_raw_text_is_learned_as_it_stands(template: str | None) -> None:
-    assert raw(small(template), "What is") == ["What", "Ġ", "is", "<|im_end|>"]
-    assert raw(small(template, bos="<|bos|>"), "What is") == ["<|bos|>", "What", "Ġ", "is", "<|im_end|>"]
+    assert raw(small(template), "What is") == "What is<|im_end|>"
+    assert raw(small(template, bos="<|bos|>"), "What is") == "<|bos|>What is<|im_end|>"
+    assert raw(small(template, bos="<|bos|>"), "<|bos|>What is<|im_end|>") == "<|bos|>What is<|im_end|>"
     written = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nIt<|im_end|>"
-    tokenizer = small(template)
-    assert raw(tokenizer, written) == tokenizer.convert_ids_to_tokens(tokenizer(written)["input_ids"])
+    assert raw(small(template), written) == written
 
 
 def test_raw_text_gets_no_bos_where_that_opens_a_turn() -> None:
-    assert raw(small(CHATML, bos="<|im_start|>"), "What") == ["What", "<|im_end|>"]
-    assert raw(small(CHATML, bos="<|im_start|>"), "What", "none") == ["<|im_start|>", "What", "<|im_end|>"]
+    assert raw(small(CHATML, bos="<|im_start|>"), "What") == "What<|im_end|>"
+    assert raw(small(CHATML, bos="<|im_start|>"), "What", "none") == "<|im_start|>What<|im_end|>"
 
 
 # --- many at once -------------------------------------------------------------------------------------------------
