@@ -169,6 +169,28 @@ def test_a_template_that_marks_parts_of_an_answer(marked: str) -> None:
     assert encoded.unsupervised == 0
 
 
+PARTS = CHATML.replace("m['content']", "(m['content'] | map(attribute='text') | join)")
+
+
+def test_texts_go_in_parts_to_a_template_that_reads_them_so() -> None:
+    chats = [ChatFormat(small(template)) for template in (CHATML, PARTS)]
+    assert chats[0].demonstration(DIALOGUE) == chats[1].demonstration(DIALOGUE)
+    silent = CHATML.replace("m['content']", "''")
+    assert ChatFormat(small(silent)).encode([Conversation(DIALOGUE, 4)]) == ["the chat template renders no texts"]
+
+
+def test_a_prompt_that_opens_a_thought_which_the_answer_fills() -> None:
+    """Qwen 3.5 without thinking: a prompt ends with an empty thought, which an answer with one of its own replaces."""
+    empty = CHATML.replace("assistant\\n'}}{% endif", "assistant\\n<think>\\n\\n</think>\\n'}}{% endif")
+    tokenizer = small(empty)
+    turns = (*DIALOGUE[:4], Message("assistant", "<think>\n4</think>\nIt is 4."))
+    (encoded,) = ChatFormat(tokenizer).encode([Conversation(turns, 4, first=4)])
+    assert isinstance(encoded, Encoded)
+    assert supervised(tokenizer, encoded) == ["<think>\n4</think>\nIt is 4.<|im_end|>"]
+    assert (encoded.unsupervised, encoded.boundary_moved) == (0, True)
+    assert tokenizer.decode(encoded.prompt).endswith("<think>\n\n</think>\n")
+
+
 # --- system turns, raw text ---------------------------------------------------------------------------------------
 
 GEMMA = CHATML.replace(
