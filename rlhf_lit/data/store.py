@@ -45,7 +45,7 @@ def record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Rec
             pa.array(
                 [_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type
             )
-            for name in schema.names
+            for field in schema
         ],
         schema=schema,
     )
