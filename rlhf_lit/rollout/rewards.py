@@ -1,6 +1,6 @@
 """Where a rollout's scores come from: a trained reward model, any Python function, or a weighted sum of sources.
 
-Sources that check a response by a rule, without a model, are in ``verifiable.py``.
+Sources that check a response by a rule, without a model, are in ``verifiable.py`` and the files it names.
 """
 
 from __future__ import annotations
@@ -79,6 +79,21 @@ class RewardSource(nn.Module):
     def critic_base(self) -> Base | None:
         """Where a critic can start from; None where the source is no model."""
         return None
+
+    def unreadable(self, row: dict[str, Any]) -> str | None:
+        """Why the source cannot read a row's gold answer, in a few words that rows are counted under.
+
+        Args:
+            row: as the data file has it. Data modules ask about every row before the first step, and drop it.
+
+        Returns:
+            The reason, or None where the answer can be read, or none is needed.
+        """
+        return None
+
+    def all_unreadable(self, rows: list[dict[str, Any]]) -> list[str | None]:
+        """``unreadable`` of each row; for a source that reads many at once faster."""
+        return [self.unreadable(row) for row in rows]
 
     def forward(
         self,
@@ -276,6 +291,18 @@ class RewardSum(RewardSource):
         """That of the first source, in the order given, that has one."""
         bases = (source.critic_base() for source in self.sources.values())
         return next((base for base in bases if base is not None), None)
+
+    def unreadable(self, row: dict[str, Any]) -> str | None:
+        """What the first source says, in the order given, that cannot read the row."""
+        return self.all_unreadable([row])[0]
+
+    def all_unreadable(self, rows: list[dict[str, Any]]) -> list[str | None]:
+        found: list[str | None] = [None] * len(rows)
+        for name, source in self.sources.items():
+            with _complaining_as(name):
+                reasons = source.all_unreadable(rows)
+            found = [one or (reason and f"{name}: {reason}") for one, reason in zip(found, reasons, strict=True)]
+        return found
 
     def forward(
         self,
