@@ -235,7 +235,7 @@ class RewardFromFunction(RewardSource):
         return score_tensor(scores, responses, sequences.tokens.device, f"reward.function: {self.name}")
 
     def _complaint(self, error: Exception, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> str:
-        """What was raised and where; and on which row, where the function raises the same on that row alone."""
+        """What was raised and where; and on which response, where the function raises the same on it alone."""
         line = f"reward.function: {self.name} raised {_described(error)}"
         for frame in traceback.extract_tb(error.__traceback__)[1:2]:  # the function's own, below ours
             line += f" ({Path(frame.filename).name}, line {frame.lineno})"
@@ -244,7 +244,7 @@ class RewardFromFunction(RewardSource):
                 self.function(prompts[i : i + 1], responses[i : i + 1], rows[i : i + 1])
             except Exception as again:
                 if _described(again) == _described(error):
-                    return f"{line}; the first row it fails on is row {i}, the response {shown(responses[i])}"
+                    return f"{line}; the first response it fails on is {shown(responses[i])} to {shown(prompts[i])}"
         return line
 
 
@@ -341,12 +341,12 @@ def score_tensor(scores: Any, responses: Sequence[str], device: torch.device, gi
     if len(scores) != len(responses):
         raise UserError(f"{giver} returned {len(scores)} scores for {len(responses)} responses")
     numbers = [score.tolist() if hasattr(score, "tolist") else score for score in scores]
-    for i, number in enumerate(numbers):
+    for response, number in zip(responses, numbers, strict=True):
         # NaN compares as False, and an int beyond every float compares exactly.
         if not isinstance(number, int | float) or not abs(number) <= LARGEST:
             raise UserError(
-                f"{giver} returned {shown(number)} instead of a number (finite in float32) for row {i}, "
-                f"the response {shown(responses[i])}"
+                f"{giver} returned {shown(number)} instead of a number (finite in float32) for "
+                f"the response {shown(response)}"
             )
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 

@@ -140,6 +140,19 @@ def test_instructions_are_learned_from(run: Callable, place: Path) -> None:
     assert steps(place) == 2
 
 
+def test_an_evaluation_leaves_them_out_as_well(run: Callable, place: Path) -> None:
+    write(place, questions(NUMBERS), {"class_path": "NumberReward"})
+    options = ["--model=tiny", "--prompts.path=rows.jsonl", "--sampling.max_new_tokens=4", "--judge=NumberReward"]
+    answer = run("evaluate", *options)
+    assert answer.status == 0, answer.err
+    assert (
+        "prompts: rows.jsonl: 8 of 12 rows used; skipped 3 answer is not plainly a number (rows 1, 3, 5)" in answer.err
+    )
+    answer = run("evaluate", *options, "--judge.column=gold")
+    assert answer.status == 2
+    assert "judge: no gold answer can be read: rows.jsonl: 0 of 12 rows used; skipped 12 no column 'gold'" in answer.err
+
+
 def test_the_earlier_name_of_a_reward_is_refused_with_its_new_one(run: Callable, place: Path) -> None:
     write(place, questions(NUMBERS), {"class_path": "PatternReward", "init_args": {"pattern": "a"}})
     answer = run("fit", "--config", "gold.yaml")
