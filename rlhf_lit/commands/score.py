@@ -18,10 +18,10 @@ from rlhf_lit.batches import Sequences
 from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.answered import Answered, Kind, Unusable, answered
 from rlhf_lit.data.chat import ChatFormat, Encoded
-from rlhf_lit.data.records import RowReport
-from rlhf_lit.data.sources import Source, read_rows
+from rlhf_lit.data.reports import RowReport
+from rlhf_lit.data.sources import ColumnName, Source, read_rows
 from rlhf_lit.data.truncation import Truncation, truncate_group
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.files import atomic
 from rlhf_lit.models.anatomy import context_length
 from rlhf_lit.models.loading import Base, Dtype, Quantization, load_scorer, load_tokenizer
@@ -110,7 +110,7 @@ def score(
     model: str,
     file: str,
     to: str | None = None,
-    columns: dict[str, str] | None = None,
+    columns: dict[str, ColumnName] | None = None,
     split: str = "train",
     name: str | None = None,
     limit: int | None = None,
@@ -148,13 +148,16 @@ def score(
             raise UserError(f"--{option} must be at least 1, not {value}")
     target = _target(file, to)
     source = Source(file, split, name, columns or {})
-    kind, rows = answered(read_rows(source)[:limit], source)
+    found = answered(read_rows(source)[:limit], source)
+    kind, rows = found.kind, found.rows
     base = Base(model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
     scorer = load_scorer(base, trained=True, frozen=True)
     scorer.to("cuda" if torch.cuda.is_available() else "cpu")
     chat = ChatFormat(load_tokenizer(base))
     longest = min(max_length or sys.maxsize, context_length(scorer) or sys.maxsize)
-    report = RowReport(source.label)
+    report = RowReport(source.label, unused=found.unused, notes=found.notes)
+    for line in report.remarks():
+        say(line)
     scored: list[Scored | Unusable] = []
     for window in _windows(rows):
         encoded = [_encoded(row, chat, longest, truncation) for row in window]

@@ -8,60 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from rlhf_lit.data.beginnings import BatchTokenizer, Beginning
+from rlhf_lit.data.rendering import Conversation, Rendered, Renderer
 from rlhf_lit.data.rows import Message
+from rlhf_lit.data.templates import PLAIN, RAW, ChatTemplate
 from rlhf_lit.errors import UserError
+
+__all__ = ["ChatFormat", "Conversation", "Encoded", "Template"]
 
 Template = Literal["auto", "tokenizer", "plain", "none"]
 
-# The space before an answer belongs to the answer: " word" is one piece for most tokenizers, so the prompt's own tokens
-# stay a prefix of the whole.
-PLAIN = (
-    "{{ bos_token or '' }}"
-    "{% for message in messages %}"
-    "{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ 'Assistant:' }}{% generation %}{{ ' ' + message['content'] + (eos_token or '') }}{% endgeneration %}"
-    "{% else %}{{ message['role'] | capitalize + ': ' + message['content'] }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
-RAW = (
-    "{{ bos_token or '' }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + (eos_token or '') }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}"
-    "{% endfor %}"
-)
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# The white space that templates write after an answer is a token or two.
+BLANK_TOKENS = 8
+KEPT_BLANKS = 1000
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """What is to be tokenised.
-
-    Attributes:
-        messages: the turns, or one turn of raw text (role ``text``).
-        answer: number of the message with which the final answer begins; what stands before is the prompt.
-        first: assistant turns from this message on are supervised, where the turn itself allows it.
-        tools: the tools that its template is told of, as the file has them.
-    """
-
-    messages: Sequence[Message]
-    answer: int
-    first: int = 0
-    tools: Sequence[Any] = ()
+def answers_to(
+    prompt: Sequence[Message], answers: Sequence[Sequence[Message]], tools: Sequence[Any] = ()
+) -> list[Conversation]:
+    """The prompt with each answer, supervised on the answer alone (not on assistant turns of the prompt)."""
+    return [Conversation([*prompt, *answer], len(prompt), len(prompt), tools) for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -74,11 +48,18 @@ class Encoded:
             where nothing is left to supervise: the caller counts and drops such a row.
         boundary_moved: the tokens of a prompt alone are not a prefix of the tokens of prompt and answer, so that
             supervision starts at their common prefix, before the answer's first character.
+        prompt: tokens of what stands before the final answer, with what opens an answer; none before raw text.
+        text: that prompt as a reward function and a reader see it: a single turn bare, a dialogue rendered.
+        unsupervised: assistant turns that should have been supervised and are not, since they are not found in the
+            conversation's text.
     """
 
     tokens: list[int]
     mask: list[bool]
     boundary_moved: bool
+    prompt: list[int] = field(default_factory=list)
+    text: str = ""
+    unsupervised: int = 0
 
 
 class ChatFormat:
@@ -109,8 +90,54 @@ class ChatFormat:
         elif template == "plain" or not tokenizer.chat_template:
             tokenizer.chat_template = PLAIN
         self.tokenizer = tokenizer
-        self._template: str = tokenizer.get_chat_template()
-        self._marks_answers = bool(_GENERATION_BLOCK.search(self._template)) and tokenizer.is_fast
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._template = ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+        self._renderer = Renderer(
+            self._template, tokenizer.bos_token or "", tokenizer.eos_token, offsets=tokenizer.is_fast
+        )
+        self._blank: dict[tuple[int, ...], bool] = {}
+
+    @cached_property
+    def _batch(self) -> BatchTokenizer:
+        return BatchTokenizer(self.tokenizer)
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | str]:
+        """Each conversation's tokens with its prompt, or in a few words why the template does not render it."""
+        drafts = self._renderer.wholes(conversations)
+        good = [draft for draft in drafts if not isinstance(draft, str)]
+        texts = [draft.text for draft in good]
+        ids = self._batch.ids(texts)
+        ends: list[set[int]] = []
+        apart = []
+        for draft in good:
+            wanted = {span.start for span in draft.spans}
+            if not draft.in_blocks:
+                wanted |= {span.end for span in draft.spans if span.message != draft.last}
+            if draft.prompt is not None and draft.text.startswith(draft.prompt):
+                wanted.add(len(draft.prompt))
+            elif draft.prompt is not None:
+                apart.append(draft.prompt)
+            ends.append(wanted)
+        beginnings = self._batch.beginnings(texts, ids, ends)
+        alone = self._batch.of_each(apart)
+        done = iter(
+            self._masked(draft, tokens, found, alone)
+            for draft, tokens, found in zip(good, ids, beginnings, strict=True)
+        )
+        return [draft if isinstance(draft, str) else next(done) for draft in drafts]
+
+    def prompts(self, conversations: Sequence[Conversation]) -> list[Encoded | str]:
+        """The prompts alone: each result's tokens are its prompt's, none of them supervised."""
+        drafts = self._renderer.prompts(conversations)
+        tokens = self._batch.of_each(draft.text for draft in drafts if not isinstance(draft, str))
+        results: list[Encoded | str] = []
+        for draft in drafts:
+            if isinstance(draft, str):
+                results.append(draft)
+                continue
+            found = self._without_surplus(tokens[draft.text])
+            results.append(Encoded(found, [False] * len(found), False, found, draft.shown))
+        return results
 
     def demonstration(self, messages: Sequence[Message]) -> Encoded:
         """The conversation, supervised on every assistant turn.
@@ -118,7 +145,7 @@ class ChatFormat:
         Raises:
             UserError: the tokenizer's template refuses the conversation.
         """
-        return self._encode(messages, first=0)
+        return self._required(self.encode([Conversation(messages, max(0, len(messages) - 1))]))[0]
 
     def pair(
         self, prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]
@@ -133,7 +160,8 @@ class ChatFormat:
         Raises:
             UserError: the tokenizer's template refuses a conversation.
         """
-        return [self._encode([*prompt, *answer], first=len(prompt)) for answer in answers]
+        count = len(prompt)
+        return self._required(self.encode([Conversation([*prompt, *answer], count, first=count) for answer in answers]))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the prompt with what opens an answer.
@@ -141,13 +169,16 @@ class ChatFormat:
         Raises:
             UserError: the tokenizer's template refuses the conversation.
         """
-        return self._tokenise(self._render(messages, answer_next=True))
+        return self._required(self.prompts([Conversation(messages, len(messages))]))[0].tokens
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
-        """The text of :meth:`prompt`, a leading BOS left out."""
-        text = self._render(messages, answer_next=True)
-        bos = self.tokenizer.bos_token
-        return text.removeprefix(bos) if bos else text
+        """The text of :meth:`prompt`, a leading BOS left out.
+
+        Raises:
+            UserError: the tokenizer's template refuses the conversation.
+        """
+        turns, answer, _ = self._template.with_system_folded(messages, len(messages), 0)
+        return self._renderer.without_bos(self._template.render(turns[:answer], answer_next=True))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -158,112 +189,91 @@ class ChatFormat:
             content["truncation"] = content["padding"] = None  # changed by calls, and never used here
         else:
             content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-        parts = [content, self._template, tokenizer.special_tokens_map]
+        parts = [content, self._template.source, tokenizer.special_tokens_map]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def _render(self, messages: Sequence[Message], answer_next: bool = False) -> str:
-        return self._render_marked(messages, answer_next, mark=False)[0]
+    def _required(self, results: Sequence[Encoded | str]) -> list[Encoded]:
+        found = []
+        for result in results:
+            if isinstance(result, str):
+                raise UserError(result)
+            found.append(result)
+        return found
 
-    def _render_marked(
-        self, messages: Sequence[Message], answer_next: bool, mark: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and where ``mark`` the [start, end) characters of each ``{% generation %}`` block."""
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            texts, blocks = render_jinja_template(
-                [conversation],
-                chat_template=self._template,
-                return_assistant_tokens_mask=mark,
-                add_generation_prompt=answer_next,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (TemplateError, TypeError) as error:
-            roles = ", ".join(message.role for message in messages)
-            raise UserError(f"the chat template refuses a conversation with roles {roles}: {error}") from error
-        return texts[0], list(blocks[0]) if mark else []
+    # Masks
 
-    def _tokenise(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _masked(
+        self, draft: Rendered, ids: list[int], beginnings: dict[int, Beginning], alone: dict[str, list[int]]
+    ) -> Encoded:
+        """Tokens and mask of a conversation.
+
+        Args:
+            draft: its text.
+            ids: the tokens of that.
+            beginnings: tokens of the text up to the places that matter.
+            alone: tokens of prompts that are not the beginning of their text.
+        """
+        surplus = self._surplus_bos(ids)
+        tokens = ids[surplus:] if surplus else ids
+        mask, moved, start = [False] * len(tokens), False, 0
+        for span in draft.spans:
+            start, short = self._start(tokens, ids, beginnings[span.start])
+            moved |= short or span.moved
+            if span is draft.spans[-1] and span.message == draft.last:
+                end = len(tokens)
+            elif draft.in_blocks:
+                end = self._close(tokens, start, self._block_end(draft.text, ids, span.end) - surplus)
+            else:
+                end = self._close(tokens, start, max(start, beginnings[span.end].agreement(ids) - surplus))
+            mask[start:end] = [True] * (end - start)
+        if draft.last is not None:
+            learned = bool(draft.spans) and draft.spans[-1].message == draft.last
+            stop = self._last_eos(tokens, start if learned else 0, len(tokens))
+            tokens = tokens[:stop] if stop is not None else [*tokens, self._eos]
+            mask = mask[: len(tokens)] + [learned] * (len(tokens) - len(mask))
+        if mask:
+            mask[0] = False
+        prompt: list[int] = []
+        if draft.prompt is not None:
+            apart = alone.get(draft.prompt)
+            prompt = self._without_surplus(beginnings[len(draft.prompt)].tokens(ids) if apart is None else apart)
+        return Encoded(tokens, mask, moved, prompt, draft.shown, draft.unsupervised)
+
+    def _start(self, tokens: list[int], ids: list[int], before: Beginning) -> tuple[int, bool]:
+        """How many tokens an answer shares with what stands before it, and whether that is less than all of those."""
+        if tokens is ids and not (before.shared == 0 and self._surplus_bos(list(before.tail))):
+            start = before.agreement(ids)
+            return start, start < before.shared + len(before.tail)
+        alone = self._without_surplus(before.tokens(ids))
+        start = Beginning(0, alone).agreement(tokens)
+        return start, start < len(alone)
+
+    def _block_end(self, text: str, ids: list[int], end: int) -> int:
+        """How many tokens begin before a character."""
+        found = self._batch.token_at(text, ids, end)
+        return bisect_left(self._batch.starts(text), end) if found is None else found
+
+    def _without_surplus(self, tokens: list[int]) -> list[int]:
         return tokens[self._surplus_bos(tokens) :]
 
     def _surplus_bos(self, tokens: list[int]) -> int:
         """How many leading tokens to drop so that at most one BOS remains (a text may bring one of its own)."""
-        bos = self.tokenizer.bos_token_id
-        count = next((i for i, token in enumerate(tokens) if token != bos), len(tokens)) if bos is not None else 0
-        return max(0, count - 1)
-
-    def _encode(self, messages: Sequence[Message], first: int) -> Encoded:
-        """Tokens, with the assistant turns from message ``first`` on supervised."""
-        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        skipped = sum(i < first for i in answers)
-        if self._marks_answers:
-            tokens, spans, moved = self._spans_from_blocks(messages, skipped)
-        else:
-            tokens, spans, moved = self._spans_from_prefixes(messages, answers[skipped:])
-        mask = [False] * len(tokens)
-        for start, end in spans[:-1]:
-            end = self._close(tokens, start, end)
-            mask[start:end] = [True] * (end - start)
-        if spans and messages[-1].role == "assistant":
-            start = spans[-1][0]
-            stop = self._last_eos(tokens, start, len(tokens))
-            tokens = tokens[:stop] if stop is not None else [*tokens, self.tokenizer.eos_token_id]
-            mask = mask[:start] + [True] * (len(tokens) - start)
-        elif spans:
-            start, end = spans[-1]
-            end = self._close(tokens, start, end)
-            mask[start:end] = [True] * (end - start)
-        if mask:
-            mask[0] = False
-        return Encoded(tokens, mask, moved)
-
-    def _spans_from_blocks(
-        self, messages: Sequence[Message], skipped: int
-    ) -> tuple[list[int], list[tuple[int, int]], bool]:
-        """Token spans of the template's ``{% generation %}`` blocks, the first ``skipped`` left out."""
-        text, blocks = self._render_marked(messages, answer_next=False, mark=True)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        surplus = self._surplus_bos(encoding["input_ids"])
-        tokens: list[int] = encoding["input_ids"][surplus:]
-        starts = [start for start, _ in encoding["offset_mapping"]][surplus:]
-        spans, moved = [], False
-        for block_start, block_end in blocks[skipped:]:
-            before = self._tokenise(text[:block_start])
-            start = _common_prefix(before, tokens)
-            moved |= start < len(before)
-            spans.append((start, bisect_left(starts, block_end)))
-        return tokens, spans, moved
-
-    def _spans_from_prefixes(
-        self, messages: Sequence[Message], answers: list[int]
-    ) -> tuple[list[int], list[tuple[int, int]], bool]:
-        """Token spans of the given assistant turns: what each adds to the tokens of the conversation before it."""
-        tokens = self._tokenise(self._render(messages))
-        spans, moved = [], False
-        for i in answers:
-            before = self._tokenise(self._render(messages[:i], answer_next=True)) if i else []
-            start = _common_prefix(before, tokens)
-            through = self._tokenise(self._render(messages[: i + 1]))
-            end = _common_prefix(through, tokens)
-            moved |= start < len(before)
-            if end < len(through) and self.tokenizer.eos_token_id in tokens[start:]:
-                # The template writes this turn differently once others follow (it drops earlier turns' reasoning).
-                end = tokens.index(self.tokenizer.eos_token_id, start) + 1
-            spans.append((start, max(start, end)))
-        return tokens, spans, moved
+        bos = self._bos
+        if bos is None or tokens[:2] != [bos, bos]:
+            return 0
+        return next((i for i, token in enumerate(tokens) if token != bos), len(tokens)) - 1
 
     def _close(self, tokens: list[int], start: int, end: int) -> int:
         """The end of an answer with its EOS and without the white space that templates write after it."""
-        if end < len(tokens) and tokens[end] == self.tokenizer.eos_token_id:
+        if end < len(tokens) and tokens[end] == self._eos:
             return end + 1
         return self._last_eos(tokens, start, end) or end
 
     def _last_eos(self, tokens: list[int], start: int, end: int) -> int | None:
         """One past the last EOS of tokens[start:end], None unless only white space follows it."""
         for i in range(end - 1, start - 1, -1):
-            if tokens[i] == self.tokenizer.eos_token_id:
-                tail = tokens[i + 1 : end]
-                if tail and self.tokenizer.decode(tail).strip():
+            if tokens[i] == self._eos:
+                if not self._is_blank(tokens[i + 1 : end]):
                     return None
                 while (
                     i > start and tokens[i - 1] == tokens[i]
@@ -272,6 +282,13 @@ class ChatFormat:
                 return i + 1
         return None
 
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    def _is_blank(self, tokens: list[int]) -> bool:
+        """Whether tokens are white space; asked of the same few again and again."""
+        key = tuple(tokens)
+        if len(key) > BLANK_TOKENS:
+            return not self.tokenizer.decode(tokens).strip()
+        if key not in self._blank and len(self._blank) > KEPT_BLANKS:
+            self._blank.clear()
+        if key not in self._blank:
+            self._blank[key] = not self.tokenizer.decode(tokens).strip() if key else True
+        return self._blank[key]

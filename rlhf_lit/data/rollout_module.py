@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from rlhf_lit.batches import ExperienceBatch, PromptBatch
 from rlhf_lit.data import records
-from rlhf_lit.data.records import RowReport, Source
+from rlhf_lit.data.chat import Conversation, Encoded
+from rlhf_lit.data.records import RowReader
+from rlhf_lit.data.sources import Source
+from rlhf_lit.data.store import Columns
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.data.truncation import truncate_prompt
 from rlhf_lit.errors import UserError, say
@@ -37,10 +40,12 @@ class RolloutDataModule(TextDataModule):
     """
 
     gives = ExperienceBatch
+    wanted = "prompts"
+    columns: ClassVar[Columns] = {"prompt": "tokens", "text": "text"}
 
     def __init__(
         self,
-        train: Source | None = None,
+        train: Source | list[Source] | None = None,
         *,
         rollout_size: int = 128,
         samples_per_prompt: int = 1,
@@ -58,6 +63,8 @@ class RolloutDataModule(TextDataModule):
                 f"data.batch_size: {batch_size} does not divide the {rollout_size * samples_per_prompt} episodes of a "
                 "rollout (rollout_size × samples_per_prompt)"
             )
+        if any(source.streaming for source in self.sources["train"]):
+            raise UserError("data.train.streaming: a rollout needs its prompts at hand; leave it out, or set a limit")
         self.rollout_size = rollout_size
         self.samples_per_prompt = samples_per_prompt
         self.ppo_epochs = ppo_epochs
@@ -126,19 +133,24 @@ class RolloutDataModule(TextDataModule):
         per_rollout = self.rollout_size * self.samples_per_prompt
         return math.ceil(episodes / per_rollout) * self.ppo_epochs * (per_rollout // self.batch_size)
 
-    def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        return records.prompts(records.rows_of(source, "prompts"), source, on_bad_row=self.on_bad_row)
+    def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
+        return records.prompt_reader(first_rows, source)
 
-    def encode(self, record: records.Prompt) -> dict[str, Any] | str:
-        tokens = self.chat.prompt(record.prompt)
-        if not tokens:
+    def conversations(self, record: records.Prompt) -> list[Conversation]:
+        return [Conversation(record.prompt, len(record.prompt), tools=record.tools)]
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | str]:
+        return self.chat.prompts(conversations)
+
+    def row(self, record: records.Prompt, encoded: Sequence[Encoded]) -> dict[str, Any] | str:
+        (whole,) = encoded
+        if not whole.prompt:
             return "empty prompt"
-        fitted = truncate_prompt(tokens, [False] * len(tokens), self.max_length, self.truncation, self._bos)
-        if fitted is None:
-            return "over-long"
-        return {"prompt": fitted[0], "text": self.prompt_text(record.prompt)}
+        no_answer = [False] * len(whole.prompt)
+        fitted = truncate_prompt(whole.prompt, no_answer, self.max_length, self.truncation, self._bos)
+        return "over-long" if fitted is None else {"prompt": fitted[0], "text": whole.text}
 
-    def first_seen(self, rows: Sequence[dict[str, Any]], places: Sequence[int]) -> PromptBatch:
+    def first_seen(self, rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> PromptBatch:
         return self.prompt_batch([(row, place, 0) for row, place in zip(rows, places, strict=True)])
 
     def train_dataloader(self) -> RolloutLoader:
@@ -152,6 +164,7 @@ class RolloutDataModule(TextDataModule):
             self.batch_size,
             self.ppo_epochs,
             *self._rank(),
+            self.order(),
         )
 
     def _collect(self, prompts: PromptBatch, rollout: int) -> ExperienceBatch:

@@ -18,6 +18,8 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.playground import Wanted, World
 from rlhf_lit.runs import PLAYGROUND
 
+ColumnName = str | dict[str, Any] | None
+"""A column of a file, or a template over several; a verdict's meaning; null of a verdict that is none."""
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".txt")
 
 
@@ -32,7 +34,8 @@ class Source:
         split: split of a hub data set, slices such as `train[:100]` allowed; of the built-in world `train` or
             `held_out`. A local file has only `train`.
         name: configuration of a hub data set.
-        columns: our name for a column → the file's name, e.g. `{prompt: question, chosen: response_j}`.
+        columns: our name for a column → the file's name, e.g. `{prompt: question, chosen: response_j}`, or a template
+            over several: `{prompt: "{question}\\n{options}"}`. Of two answers `verdict` says which is better.
         limit: read usable rows until there are this many; all of them where it is null.
         world: the built-in world, where the path is `playground`; null is its default make-up.
 
@@ -43,8 +46,10 @@ class Source:
     path: str
     split: str = "train"
     name: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, ColumnName] = field(default_factory=dict)
     limit: int | None = None
+    weight: float = 1.0
+    streaming: bool = False
     world: World | None = None
 
     def __post_init__(self) -> None:
@@ -212,3 +217,27 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass
+class Chunk:
+    first: int
+    content: list
+    done: float
+
+    def rows(self):
+        return self.content
+
+
+class RowFile:
+    def __init__(self, rows):
+        self.all = rows
+        self.fingerprint = json.dumps(rows, default=str)
+
+    def chunks(self, n):
+        for i in range(0, len(self.all), n):
+            yield Chunk(i, self.all[i : i + n], i / len(self.all))
+
+
+def open_rows(source, wanted):
+    return RowFile(rows_of(source, wanted))

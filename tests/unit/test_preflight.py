@@ -22,6 +22,7 @@ from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.batches import PromptBatch, Sequences
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule, TextDataModule
 from rlhf_lit.data.records import Source
+from rlhf_lit.data.store import JoinedRows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss
@@ -267,8 +268,8 @@ BOS_EACH_TURN = (
 class TwiceBOS(SFTDataModule):
     """What gluing a tokenizer's BOS to a template's does."""
 
-    def encode(self, record: Any) -> dict[str, Any] | str:
-        row = super().encode(record)
+    def row(self, record: Any, encoded: Any) -> dict[str, Any] | str:
+        row = super().row(record, encoded)
         assert isinstance(row, dict)
         bos = self.chat.tokenizer.bos_token_id
         return {**row, "tokens": [bos, *row["tokens"]], "mask": [False, *row["mask"]]}
@@ -277,8 +278,8 @@ class TwiceBOS(SFTDataModule):
 class Unclosed(SFTDataModule):
     """The mask that asking for pad ids makes where the pad token is EOS."""
 
-    def encode(self, record: Any) -> dict[str, Any] | str:
-        row = super().encode(record)
+    def row(self, record: Any, encoded: Any) -> dict[str, Any] | str:
+        row = super().row(record, encoded)
         assert isinstance(row, dict)
         kept = [mask and token != self.chat.tokenizer.eos_token_id for token, mask in zip(row["tokens"], row["mask"])]  # noqa: B905
         return {**row, "mask": kept}
@@ -287,8 +288,8 @@ class Unclosed(SFTDataModule):
 class Unsupervised(SFTDataModule):
     """A template whose answers were not found, in one row."""
 
-    def encode(self, record: Any) -> dict[str, Any] | str:
-        row = super().encode(record)
+    def row(self, record: Any, encoded: Any) -> dict[str, Any] | str:
+        row = super().row(record, encoded)
         assert isinstance(row, dict)
         return {**row, "mask": [False] * len(row["mask"])} if record.row == 7 else row
 
@@ -710,7 +711,7 @@ def test_ranks_look_at_rows_of_their_own(place: Place) -> None:
     """Row 7 alone has nothing to learn; each of two ranks sees every second row, until they come round."""
     module, data = ready(SFT(Base(place.model)), Unsupervised(IN_WORLD, **SETTINGS))
     place_of_7 = [row["row"] for row in data.examples["train"]].index(7)
-    data.examples["train"] = data.examples["train"] * 4  # 160 rows, 64 of which a rank looks at
+    data.examples["train"] = JoinedRows([data.examples["train"]] * 4)  # 160 rows, 64 of which a rank looks at
     seven = [i for i in range(160) if i % 40 == place_of_7]
     for rank in (0, 1):
         looked_at = range(rank, 128, 2)

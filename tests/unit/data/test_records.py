@@ -174,7 +174,7 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Ho
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[1]]},
          (user("Hi"), assistant(" Ho "))),
         (PAIR, (user("What is 2+2?"), assistant("2+2 equals 4."))),
-        ({"text": "Once upon a time"}, (assistant("Once upon a time"),)),
+        ({"text": "Once upon a time"}, (Message("text", "Once upon a time"),)),
     ],
 )  # fmt: skip
 def test_demonstration_shapes(row: dict[str, Any], turns: tuple[Message, ...]) -> None:
@@ -239,7 +239,7 @@ def test_other_names_through_columns() -> None:
     mapping = {"prompt": "question", "chosen": "response_j", "rejected": "response_k"}
     (record,) = pairs(row, columns=mapping)
     assert (record.prompt, record.chosen, record.rejected) == ((user("Q"),), (assistant("A"),), (assistant("B"),))
-    assert record.source is row
+    assert record.source == {**row, **{ours: row[theirs] for ours, theirs in mapping.items()}}
     with pytest.raises(UserError, match=r"columns names 'promt', which is none of .*prompt"):
         pairs(row, columns={"promt": "question"})
     with pytest.raises(UserError, match="columns asks for 'q', but the file has answer, question"):
@@ -308,7 +308,10 @@ def test_bad_conversations(row: Any, reason: str) -> None:
     [
         ({**PAIR, "rejected": PAIR["chosen"]}, "chosen equals rejected"),
         ({**PAIR, "margin": "much"}, "non-number margin"),
-        ({**PAIR, "margin": None}, "non-number margin"),
+        ({**PAIR, "margin": 10**400}, "non-number margin"),
+        ({**PAIR, "margin": 1e39}, "non-number margin"),
+        ({**PAIR, "margin": -0.5}, "margin below 0"),
+        ({**PAIR, "score_chosen": 1, "score_rejected": 5}, "chosen and scores disagree"),
         ({**PAIR, "margin": float("nan")}, "non-number margin"),
         ({**PAIR, "chosen": [CHAT[0]], "rejected": [CHAT[0]]}, "no final assistant turn"),
         ({**ULTRA, "rejected": [{"role": "user", "content": "Other"}, CHAT[1]]}, "prompts differ"),

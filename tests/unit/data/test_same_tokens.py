@@ -1,0 +1,129 @@
+"""Tokens and masks of real files, row for row what they were before conversations were encoded in batches.
+
+``same_tokens.json`` holds a digest for every seventh row, made by an earlier version of the package with
+``python tests/unit/data/test_same_tokens.py FILE``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from rlhf_lit.data import records
+from rlhf_lit.data.chat import ChatFormat, Encoded
+from rlhf_lit.data.records import Source
+
+REAL = Path(os.environ.get("RLHF_LIT_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
+GOLDEN = Path(__file__).with_name("same_tokens.json")
+EVERY = 7
+
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\\n'}}{% endif %}"
+)
+CHATML_BLOCKS = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n'}}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{m['content'] + '<|im_end|>'}}{% endgeneration %}"
+    "{% else %}{{m['content'] + '<|im_end|>'}}{% endif %}{{'\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\\n'}}{% endif %}"
+)
+FILES: dict[str, tuple[str, Callable[..., Any]]] = {
+    "hh": ("hh_harmless_test/test.jsonl.gz", records.preferences),
+    "rasbt": ("rasbt_llm_book/instruction-data.json", records.demonstrations),
+    "rasbt pairs": ("rasbt_llm_book/instruction-data-with-preference.json", records.preferences),
+    "alpaca en": ("llamafactory_demo/alpaca_en_demo.json", records.demonstrations),
+    "alpaca zh": ("llamafactory_demo/alpaca_zh_demo.json", records.demonstrations),
+    "dpo en": ("llamafactory_demo/dpo_en_demo.json", records.preferences),
+    "kto en": ("llamafactory_demo/kto_en_demo.json", records.judged),
+    "glaive": ("llamafactory_demo/glaive_toolcall_en_demo.json", records.demonstrations),
+    "identity": ("llamafactory_demo/identity.json", records.demonstrations),
+    "oasst": ("oasst_en100/en_100_tree.jsonl", records.rankings),
+    "fastchat": ("fastchat/dummy_conversation.json", records.demonstrations),
+    "gsm8k": ("gsm8k/train.jsonl", records.demonstrations),
+    "self-instruct": ("self_instruct/seed_tasks.jsonl", records.prompts),
+}
+# Rows whose tokens are others by intent: (format, file) → row → why.
+CHANGED: dict[tuple[str, str], dict[int, str]] = {}
+
+
+def stories(template: Any) -> ChatFormat:
+    return ChatFormat(AutoTokenizer.from_pretrained(REAL / "stories260k" / "hf"), template)
+
+
+def gpt2(template: str) -> ChatFormat:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(REAL / "tok_gpt2_json" / "gpt2.json"),
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = template
+    return ChatFormat(tokenizer)
+
+
+FORMATS: dict[str, Callable[[], ChatFormat]] = {
+    "stories plain": lambda: stories("plain"),
+    "stories none": lambda: stories("none"),
+    "gpt2 chatml": lambda: gpt2(CHATML),
+    "gpt2 blocks": lambda: gpt2(CHATML_BLOCKS),
+}
+
+
+def encoded(chat: ChatFormat, record: Any) -> Iterator[Encoded]:
+    """What the data modules take from a record."""
+    if isinstance(record, records.Demonstration):
+        prompt: Any = record.messages[:-1]
+        yield chat.demonstration(record.messages)
+    else:
+        prompt = record.prompt
+        if isinstance(record, records.Preference):
+            yield from chat.pair(record.prompt, record.chosen, record.rejected)
+        elif isinstance(record, records.Judged):
+            yield from chat.answers(record.prompt, [record.response])
+        elif isinstance(record, records.Ranking):
+            yield from chat.answers(record.prompt, record.answers)
+    tokens = chat.prompt(prompt)
+    yield Encoded(tokens, [False] * len(tokens), False)
+
+
+def digests(chat: ChatFormat, file: str) -> dict[int, str]:
+    """Row → digest of its tokens and masks."""
+    path, read = FILES[file]
+    source = Source(str(REAL / path))
+    rows: dict[int, Any] = {}
+    for record in read(records.read_rows(source), source, on_bad_row="skip")[0]:
+        if record.row % EVERY == 0:
+            digest = rows.setdefault(record.row, hashlib.sha256())
+            for one in encoded(chat, record):
+                digest.update(repr((one.tokens, one.mask, one.boundary_moved)).encode())
+    return {row: digest.hexdigest()[:8] for row, digest in rows.items()}
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL} (set RLHF_LIT_DATA)")
+@pytest.mark.parametrize("name", FORMATS)
+def test_tokens_and_masks_are_what_they_were(name: str) -> None:
+    golden = json.loads(GOLDEN.read_text())[name]
+    chat = FORMATS[name]()
+    for file in FILES:
+        before = dict(zip(golden[file]["rows"], golden[file]["digests"].split(), strict=True))
+        now = digests(chat, file)
+        assert len(before) > 10
+        different = {row for row in before.keys() | now.keys() if before.get(row) != now.get(row)}
+        assert different == CHANGED.get((name, file), {}).keys(), file
+
+
+if __name__ == "__main__":
+    result = {}
+    for name, make in FORMATS.items():
+        chat = make()
+        found = {file: digests(chat, file) for file in FILES}
+        result[name] = {file: {"rows": list(one), "digests": " ".join(one.values())} for file, one in found.items()}
+    Path(sys.argv[1]).write_text(json.dumps(result, separators=(",", ":")) + "\n")
