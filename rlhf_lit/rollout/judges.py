@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from rlhf_lit.errors import UserError, say
-from rlhf_lit.rollout.killable import Failure, KillablePool, cores
+from rlhf_lit.rollout.killable import Failure, KillablePool
 from rlhf_lit.rollout.rewards import shown
 
 MOST_WORKERS = 4
@@ -36,7 +37,7 @@ class Judges:
             raise UserError(f"reward.workers must be at least 1 or null, not {workers}")
         self.reward = reward
         self.seconds = seconds
-        self.pool = KillablePool(function, workers or min(MOST_WORKERS, cores()))
+        self.pool = KillablePool(function, workers or min(MOST_WORKERS, os.cpu_count() or 1))
         self.lost = 0
 
     def __call__(self, responses: list[str], others: Sequence[Any]) -> list[Any | None]:

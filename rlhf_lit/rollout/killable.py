@@ -46,11 +46,6 @@ class Failure:
     lost: bool = False
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class KillablePool:
     """A function, called in worker processes that are started at the first call and again after they were killed.
 

@@ -89,8 +89,8 @@ def test_a_bad_row_ends_the_run_where_that_is_asked(run: Callable, place: Path) 
     answer = run("fit", "--config", "gold.yaml", "--data.on_bad_row=error")
     assert answer.status == 2
     assert (
-        "data.train: rows.jsonl row 1: the reward cannot read its gold answer: answer is not plainly a number; mend it "
-        "or set on_bad_row: skip"
+        "rows.jsonl, row 1: answer is not plainly a number, where model.reward reads the gold answer; mend the row, or "
+        "set on_bad_row to skip"
     ) in answer.err
 
 
@@ -112,12 +112,20 @@ def test_held_out_rows_are_read_too(run: Callable, place: Path) -> None:
     assert "validation: gold answers that model.reward can read: rows.jsonl: 2 of 4 rows used" in answer.err
     answer = run("fit", "--config", "gold.yaml", "--data.validation_fraction=0.5", "--trainer.max_epochs=2")
     assert answer.status == 0, answer.err
-    counts = [
-        tuple(map(int, (words[words.index("rows.jsonl:") + 1], words[words.index("of") + 1])))
-        for line in answer.err.splitlines()
-        if "model.reward can read" in line and (words := line.split())
-    ]
-    assert [sum(column) for column in zip(*counts, strict=True)] == [8, 12]
+    assert "train: gold answers that model.reward can read: rows.jsonl: 8 of 12 rows used" in answer.err
+    with (place / "runs" / "gold" / "version_1" / "metrics.csv").open(newline="") as file:
+        assert sum(bool(row["train/loss"]) for row in csv.DictReader(file)) == 2  # of four rows each
+
+
+def test_the_rows_of_a_mixture_are_read_file_by_file(run: Callable, place: Path) -> None:
+    write(place, questions(NUMBERS), {"class_path": "NumberReward"})
+    (place / "more.jsonl").write_text(json.dumps({"question": "what?", "answer": "5 or 6"}) + "\n")
+    with (place / "more.jsonl").open("a") as file:
+        file.write("".join(json.dumps({"question": f"and {i}?", "answer": i}) + "\n" for i in range(4)))
+    answer = run("fit", "--config", "gold.yaml", "--data.train=[{path: rows.jsonl}, {path: more.jsonl}]")
+    assert answer.status == 0, answer.err
+    assert "train (rows.jsonl): gold answers that model.reward can read: rows.jsonl: 8 of 12 rows used" in answer.err
+    assert "train (more.jsonl): gold answers that model.reward can read: more.jsonl: 4 of 5 rows used" in answer.err
 
 
 def test_questions_of_reasoning_gym_are_learned_from(run: Callable, place: Path) -> None:
