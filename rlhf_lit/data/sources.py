@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lit import playground
-from rlhf_lit.data import folders
+from rlhf_lit.data import folders, reasoning_gym
 from rlhf_lit.data.formats import READERS, kind_of, reason
+from rlhf_lit.data.reasoning_gym import is_reasoning_gym
 from rlhf_lit.data.row_files import Chunk, DatasetRows, LocalRows, MemoryRows, RowFile, StreamedRows
 from rlhf_lit.errors import UserError
 from rlhf_lit.playground import Wanted, World
@@ -42,7 +43,8 @@ class Source:
     Args:
         path: a data set's name on the hub; a .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow or .txt file, which
             may be compressed (.gz, .zst); a folder of such files, or what `save_to_disk` of `datasets` wrote. A .txt
-            file has one row per non-empty line. `playground` is the built-in world.
+            file has one row per non-empty line. `reasoning-gym:TASK` is a task of that package, with options as in
+            `reasoning-gym:leg_counting?size=1000&seed=1`. `playground` is the built-in world.
         split: split of a hub data set, slices such as `train[:100]` allowed; of a folder, whose files say it by their
             names; of the built-in world `train` or `held_out`. A local file has only `train`. null is no split: of a
             folder, all files in the order of their names.
@@ -86,6 +88,8 @@ class Source:
         """How messages name it: the file's name, or the hub name with its split."""
         if is_local_file(self.path):
             return Path(self.path).name
+        if is_reasoning_gym(self.path):
+            return self.path
         return self.path if self.split is None else f"{self.path}[{self.split}]"
 
 
@@ -150,6 +154,10 @@ def _open(source: Source) -> RowFile:
     rows_at = source.columns.get("rows")
     if rows_at is not None and not isinstance(rows_at, str):
         raise UserError(f"{source.path}: columns.rows must be the path of a list, such as data.examples")
+    if is_reasoning_gym(source.path):
+        if source.split not in ("train", None):
+            raise UserError(f"{source.path} has no split '{source.split}': another seed gives other rows (?seed=1)")
+        return MemoryRows(source.label, reasoning_gym.rows(source.path))
     path = Path(source.path).expanduser()
     if is_local_file(source.path):
         return LocalRows(source.path, [_checked(path, source)], source.delimiter, rows_at)
