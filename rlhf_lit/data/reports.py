@@ -95,12 +95,12 @@ class RowReport:
             lines.append(f"{self.file}: {self.unused_are}: {', '.join(sorted(self.unused))}")
         if self.moved:
             lines.append(
-                f"{self.file}: in {self.moved} rows the prompt's own tokens are not a prefix of the row's; the response "
-                "starts at the common prefix"
+                f"{self.file}: in {self.moved} rows the prompt's own tokens are not a prefix of the row's; the "
+                "response starts at the common prefix"
             )
         if self.unsupervised:
             lines.append(
-                f"{self.file}: answers not supervised: {self.unsupervised}, since the chat template writes them otherwise "
-                "once others follow"
+                f"{self.file}: answers not supervised: {self.unsupervised}, since the chat template writes them "
+                "otherwise once others follow"
             )
         return lines

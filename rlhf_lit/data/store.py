@@ -30,6 +30,7 @@ TYPES: dict[Kind, pa.DataType] = {
 # What every row has besides: its number in the data file, and the row as the file has it.
 OWN = {"row": pa.int64(), "source": pa.string()}
 _SUMMARY = b"summary"
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def schema_of(columns: Columns) -> pa.Schema:
@@ -41,15 +42,11 @@ def record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Rec
     """Rows as Arrow has them; a ``source`` becomes JSON, in which a date, say, is text."""
     return pa.RecordBatch.from_arrays(
         [
-            pa.array([_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type)
+            pa.array([_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type)
             for field in schema
         ],
         schema=schema,
     )
-
-
-def _json(source: Any) -> str:
-    return json.dumps(source, ensure_ascii=False, default=str)
 
 
 def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: Callable[[], object]) -> None:
