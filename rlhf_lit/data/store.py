@@ -42,7 +42,9 @@ def record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Rec
     """Rows as Arrow has them; a ``source`` becomes JSON, in which a date, say, is text."""
     return pa.RecordBatch.from_arrays(
         [
-            pa.array([_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type)
+            pa.array(
+                [_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type
+            )
             for field in schema
         ],
         schema=schema,

@@ -80,6 +80,20 @@ def test_a_null_margin_under_each_loss(run: Callable, place: Path) -> None:
         assert line + "\n" in answer.err
 
 
+def test_tool_use_is_not_scored_without_its_tools(run: Callable, place: Path) -> None:
+    """The built-in template knows none: the row is refused by name."""
+    answer = run("fit", "--config", "reward.yaml", "--preflight=false", "--name=rm")
+    assert answer.status == 0, answer.err
+    chat = [{"role": "user", "content": "add 1 and 1"}, {"role": "assistant", "content": "it is 2"}]
+    write("tools.jsonl", [{"messages": chat}, {"messages": chat, "tools": [{"name": "add", "parameters": {}}]}])
+    answer = run("score", Path("runs", "rm", "version_0"), "tools.jsonl", "--to", "out.jsonl")
+    assert answer.status == 0, answer.err
+    good, refused = (json.loads(line) for line in Path("out.jsonl").read_text().splitlines())
+    assert isinstance(good["score"], float)
+    assert refused["score"] is None
+    assert "tools" in refused["reason"]
+
+
 def test_scores_and_evaluations_of_verdicts(run: Callable, place: Path) -> None:
     answer = run("fit", "--config", "reward.yaml", "--preflight=false", "--name=rm")
     assert answer.status == 0, answer.err
