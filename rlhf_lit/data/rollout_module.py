@@ -6,19 +6,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+
 from rlhf_lit.batches import ExperienceBatch, PromptBatch
 from rlhf_lit.data import records
 from rlhf_lit.data.chat import Conversation, Encoded
-from rlhf_lit.data.records import RowReader
+from rlhf_lit.data.records import RowReader, RowReport
 from rlhf_lit.data.sources import Source
-from rlhf_lit.data.store import Columns
+from rlhf_lit.data.store import Columns, Rows
 from rlhf_lit.data.text_module import TextDataModule
+from rlhf_lit.data.tokens import stopped
 from rlhf_lit.data.truncation import truncate_prompt
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.rollout.loop import RolloutLoader
 
 # What Lightning makes of a max_epochs that nobody set.
 UNSET_EPOCHS = 1000
+# Rows whose gold answers the reward is asked about together.
+GOLDS_AT_ONCE = 10_000
 
 
 class RolloutDataModule(TextDataModule):
@@ -74,6 +79,40 @@ class RolloutDataModule(TextDataModule):
         super().setup(stage)
         if stage == "fit" and self.episodes is not None:
             self._limit_steps(self.episodes)
+
+    def _rows(self, name: str, source: Source) -> Rows:
+        """As in the base class, without the rows whose gold answer the running module's reward cannot read.
+
+        Raises:
+            UserError: it can read none, or there is one where ``on_bad_row`` is ``error``.
+        """
+        rows = super()._rows(name, source)
+        # Not every module that answers prompts has a reward.
+        judge = getattr(getattr(self._module(), "reward", None), "all_unreadable", None)
+        if judge is None:
+            return rows
+        place = name if len(self.sources[name]) < 2 else f"{name} ({source.label})"
+        golds = RowReport(source.label, len(rows), len(rows))
+        kept = []
+        for start in range(0, len(rows), GOLDS_AT_ONCE):
+            block = rows[start : start + GOLDS_AT_ONCE]
+            for i, (row, reason) in enumerate(zip(block, judge([row["source"] for row in block]), strict=True), start):
+                if reason is None:
+                    kept.append(i)
+                    continue
+                if self.on_bad_row == "error":
+                    raise UserError(stopped(source, row["row"], f"{reason}, where model.reward reads the gold answer"))
+                golds.drop(reason, row["row"])
+                self.reports[place].drop(reason, row["row"])
+        if not kept:
+            raise UserError(
+                f"data.{name}: model.reward can read no gold answer of {golds.summary()}; name the column that holds "
+                "them, or take a reward that reads them"
+            )
+        if len(kept) == len(rows):
+            return rows
+        say(f"{place}: gold answers that model.reward can read: {golds.summary()}")
+        return rows.select(np.asarray(kept))
 
     def _limit_steps(self, episodes: int) -> None:
         assert self.trainer is not None

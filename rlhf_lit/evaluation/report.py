@@ -77,7 +77,7 @@ class Evaluation:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and sets as JSON, the samples left out; NaN, which JSON has not, as null."""
+    """Dataclasses as JSON, the samples left out; NaN, which JSON has not, as null; sets as sorted lists."""
     if isinstance(value, Estimate):
         return value.plain
     if is_dataclass(value):
