@@ -210,7 +210,7 @@ def _encoded(row: Row, chat: ChatFormat, longest: int, truncation: Truncation) -
     if isinstance(row, Unusable):
         return row
     try:
-        sides = chat.answers(row.prompt, row.answers)
+        sides = chat.answers(row.prompt, row.answers, row.tools)
     except UserError as error:  # a chat template that refuses this conversation
         return Unusable(str(error), row.row, row.source)
     if not all(any(side.mask) for side in sides):

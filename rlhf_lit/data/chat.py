@@ -154,22 +154,23 @@ class ChatFormat:
         first, second = self.answers(prompt, [chosen, rejected])
         return first, second
 
-    def answers(self, prompt: Sequence[Message], answers: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """Prompt with each answer, supervised on the answer alone (not on assistant turns of the prompt).
+    def answers(
+        self, prompt: Sequence[Message], answers: Sequence[Sequence[Message]], tools: Sequence[Any] = ()
+    ) -> list[Encoded]:
+        """The conversations of :func:`answers_to`, encoded.
 
         Raises:
             UserError: the tokenizer's template refuses a conversation.
         """
-        count = len(prompt)
-        return self._required(self.encode([Conversation([*prompt, *answer], count, first=count) for answer in answers]))
+        return self._required(self.encode(answers_to(prompt, answers, tools)))
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """Tokens of the prompt with what opens an answer.
 
         Raises:
             UserError: the tokenizer's template refuses the conversation.
         """
-        return self._required(self.prompts([Conversation(messages, len(messages))]))[0].tokens
+        return self._required(self.prompts([Conversation(messages, len(messages), tools=tools)]))[0].tokens
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """The text of :meth:`prompt`, a leading BOS left out.

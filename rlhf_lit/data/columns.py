@@ -161,8 +161,9 @@ class Columns:
         return frozenset(column for part in self.mapped.values() for column in part.sources)
 
     def available(self, present: Collection[str]) -> dict[str, Column]:
-        """What rows with the columns ``present`` hold, by our names: what is mapped, else columns of these names."""
-        here = {name: column for name, column in self.mapped.items() if column.sources <= set(present)}
+        """What rows with the columns ``present`` hold, by our names: what is mapped (also where a row has nothing in
+        it: that row is then a bad one, and no other column takes its place), and columns of these names."""
+        here = dict(self.mapped)
         taken = self.taken
         for name in present:
             if name in GUESSED and name not in self.mapped and name not in taken:

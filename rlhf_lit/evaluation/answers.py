@@ -59,12 +59,10 @@ def read_prompts(source: Source, on_bad_row: OnBadRow) -> tuple[list[Prompt], Ro
         UserError: nothing to be read, a bad row where that is an error, or no usable row.
     """
     found, report = records.prompts(records.rows_of(source, "prompts"), source, on_bad_row=on_bad_row)
-    distinct: dict[tuple[Message, ...], Prompt] = {}
+    distinct: dict[tuple[tuple[Message, ...], str], Prompt] = {}
     for prompt in found:
-        if prompt.prompt in distinct:
+        if distinct.setdefault((prompt.prompt, str(prompt.tools)), prompt) is not prompt:
             report.drop("repeated prompt", prompt.row)
-        else:
-            distinct[prompt.prompt] = prompt
     return list(distinct.values()), report
 
 
@@ -79,7 +77,7 @@ def fitting(prompts: Sequence[Prompt], module: SFT, template: Template, report: 
         return list(prompts)
     chat, kept = ChatFormat(module.tokenizer, template), []
     for prompt in prompts:
-        if len(chat.prompt(prompt.prompt)) + module.sampling.max_new_tokens > context:
+        if len(chat.prompt(prompt.prompt, prompt.tools)) + module.sampling.max_new_tokens > context:
             report.drop("over-long", prompt.row)
         else:
             kept.append(prompt)
@@ -112,7 +110,8 @@ def with_readable_gold(prompts: Sequence[Prompt], judges: Sequence[Judge], repor
 
 def sampled(module: SFT, prompts: Sequence[Prompt], samples: int, template: Template, stream: int) -> Answers:
     """A model's own responses; see ``draw``."""
-    drawn, texts = draw(module, [prompt.prompt for prompt in prompts], samples, stream, template)
+    turns, tools = [prompt.prompt for prompt in prompts], [prompt.tools for prompt in prompts]
+    drawn, texts = draw(module, turns, samples, stream, template, tools)
     ended = drawn.ended.cpu().double().numpy().reshape(len(prompts), samples)
     return Answers(texts, drawn.sequences.to("cpu"), ended)
 
@@ -149,7 +148,9 @@ def read_answers(
             f"{max(map(len, chosen))} to others; give every prompt as many"
         )
     encoded = [
-        chat.answers(record.messages[:-1], [record.messages[-1:]])[0] for records_of in chosen for record in records_of
+        chat.answers(record.messages[:-1], [record.messages[-1:]], record.tools)[0]
+        for records_of in chosen
+        for record in records_of
     ]
     sequences = Sequences.pad([one.tokens for one in encoded], [one.mask for one in encoded])
     texts = [[record.messages[-1].content.strip() for record in records_of] for records_of in chosen]

@@ -37,6 +37,7 @@ class Contest:
         subset: what part of its file it belongs to; None where the file does not say.
         row: number in its file, from 0.
         id: as the file has it; None where it has none.
+        tools: what the conversation may call.
     """
 
     prompt: Turns
@@ -45,6 +46,7 @@ class Contest:
     subset: str | None
     row: int
     id: str | None
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def read_contests(source: Source, on_bad_row: OnBadRow) -> tuple[list[Contest], 
                 None if subset is None else str(subset),
                 pair.row,
                 None if name is None else str(name),
+                pair.tools,
             )
         )
     if not contests:
@@ -185,7 +188,7 @@ def score_contests(
     chat = ChatFormat(tokenizer, template)
     kept, tokens, masks = [], [], []
     for contest in contests:
-        encoded = chat.answers(contest.prompt, [*contest.chosen, *contest.rejected])
+        encoded = chat.answers(contest.prompt, [*contest.chosen, *contest.rejected], contest.tools)
         if not all(any(answer.mask) for answer in encoded):
             report.drop("zero supervised tokens", contest.row)
         elif context is not None and max(len(answer.tokens) for answer in encoded) > context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ def draw(
     samples: int = 1,
     stream: int = 0,
     template: Template = "auto",
+    tools: Sequence[Sequence[Any]] | None = None,
 ) -> tuple[Samples, list[list[str]]]:
     """Sample responses with noise keyed by (seed, stream, row, sample).
 
@@ -30,12 +32,15 @@ def draw(
         samples: responses to each.
         stream: keeps this round of sampling apart from another.
         template: how a conversation becomes text.
+        tools: what each conversation may call; None is nothing.
 
     Returns:
         The samples, ``samples`` rows for each conversation, and their texts by conversation.
     """
     chat = ChatFormat(module.tokenizer, template)
-    tokens = [row for turns in conversations for row in [chat.prompt(turns)] * samples]
+    each = tools if tools is not None else [()] * len(conversations)
+    asked = [chat.prompt(turns, may_call) for turns, may_call in zip(conversations, each, strict=True)]
+    tokens = [row for row in asked for _ in range(samples)]
     rows = torch.arange(len(tokens))
     prompts = PromptBatch(
         Sequences.pad(tokens, [[False] * len(row) for row in tokens]),

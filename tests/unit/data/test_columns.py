@@ -205,6 +205,15 @@ def test_columns_without_anything_in_them_do_not_vote() -> None:
     assert said(demonstrations, *rows) == [["q", "a"]] * 3
 
 
+def test_a_mapped_column_wins_where_most_rows_have_nothing_in_it() -> None:
+    rows = [{"prompt": "q", "output": "OLD", "fixed": "NEW"}, *[{"prompt": "q", "output": "OLD", "fixed": None}] * 4]
+    records, report = demonstrations(rows, mapped(answer="fixed"), on_bad_row="skip")
+    assert [record.messages[-1].content for record in records] == ["NEW"]
+    assert report.counts == {"null answer": 4}
+    rows = [{"context": "", "question": "q", "instruction": "META"}] * 4 + [{"context": "c", "question": "q"}]
+    assert said(prompts, *rows, prompt="{context} {question}") == [[" q"]] * 4 + [["c q"]]
+
+
 def test_readers_can_be_sent_to_a_process() -> None:
     row = {"q": "Q", "a": "A", "b": "B", "who": "b"}
     columns = {"prompt": "q", "first": "a", "second": "b", "verdict": "who"}

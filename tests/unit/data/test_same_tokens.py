@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from rlhf_lit.data import records
 from rlhf_lit.data.chat import ChatFormat, Encoded
 from rlhf_lit.data.records import Source
+from rlhf_lit.errors import UserError
 
 REAL = Path(os.environ.get("RLHF_LIT_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 GOLDEN = Path(__file__).with_name("same_tokens.json")
@@ -50,8 +51,14 @@ FILES: dict[str, tuple[str, Callable[..., Any]]] = {
     "gsm8k": ("gsm8k/train.jsonl", records.demonstrations),
     "self-instruct": ("self_instruct/seed_tasks.jsonl", records.prompts),
 }
-# Rows whose tokens are others by intent: (format, file) → row → why.
-CHANGED: dict[tuple[str, str], dict[int, str]] = {}
+# Rows whose tokens are others by intent: file → rows. Glaive's calls were text; now they are calls, which a template
+# must render, and none of these does.
+CHANGED: dict[str, set[int]] = {
+    "glaive": {
+        0, 7, 28, 49, 56, 63, 70, 77, 84, 91, 105, 119, 133, 147, 154, 168, 182, 189, 203, 217, 224, 231, 238,
+        245, 259, 273, 280, 287,
+    }
+}  # fmt: skip
 
 
 def stories(template: Any) -> ChatFormat:
@@ -102,8 +109,11 @@ def digests(chat: ChatFormat, file: str) -> dict[int, str]:
     for record in read(records.read_rows(source), source, on_bad_row="skip")[0]:
         if record.row % EVERY == 0:
             digest = rows.setdefault(record.row, hashlib.sha256())
-            for one in encoded(chat, record):
-                digest.update(repr((one.tokens, one.mask, one.boundary_moved)).encode())
+            try:
+                for one in encoded(chat, record):
+                    digest.update(repr((one.tokens, one.mask, one.boundary_moved)).encode())
+            except UserError as refusal:
+                digest.update(str(refusal).encode())
     return {row: digest.hexdigest()[:8] for row, digest in rows.items()}
 
 
@@ -117,7 +127,7 @@ def test_tokens_and_masks_are_what_they_were(name: str) -> None:
         now = digests(chat, file)
         assert len(before) > 10
         different = {row for row in before.keys() | now.keys() if before.get(row) != now.get(row)}
-        assert different == CHANGED.get((name, file), {}).keys(), file
+        assert different == CHANGED.get(file, set()), file
 
 
 if __name__ == "__main__":
