@@ -1,6 +1,11 @@
 """The algorithms."""
 
-import rlhf_lit.rollout.verifiable  # noqa: F401 - so that configs can name its reward sources by their class alone
+# So that configs can name their reward sources by the class alone.
+import rlhf_lit.rollout.choice_reward
+import rlhf_lit.rollout.instruction_reward
+import rlhf_lit.rollout.math_reward
+import rlhf_lit.rollout.reasoning_gym
+import rlhf_lit.rollout.verifiable  # noqa: F401
 from rlhf_lit.algorithms.dpo import DPO
 from rlhf_lit.algorithms.grpo import GRPO
 from rlhf_lit.algorithms.kto import KTO

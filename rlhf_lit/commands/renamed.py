@@ -37,6 +37,8 @@ PATHS = {
     "rlhf_lit.data.batching.": "rlhf_lit.data.loader.",
     "rlhf_lit.models.states.": "rlhf_lit.models.packing.",
     "rlhf_lit.algorithms.base.": "rlhf_lit.algorithms.algorithm.",
+    "rlhf_lit.rollout.verifiable.PatternReward": "rlhf_lit.rollout.verifiable.RegexReward",
+    "PatternReward": "RegexReward",
 }
 """Where an import path began, and where it begins now."""
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_lit.data import ranked_rows
-from rlhf_lit.data import rows as row_shapes
-from rlhf_lit.data.records import check_mapping, columns_of, renamed, without_trees
-from rlhf_lit.data.rows import BadRow, Turns
+from rlhf_lit.data import columns as c
+from rlhf_lit.data import ranked_rows, reading, shapes
+from rlhf_lit.data.columns import Column
+from rlhf_lit.data.readers import MARGINS, TREE, RowReader
+from rlhf_lit.data.rows import BadRow, Row, Turns
+from rlhf_lit.data.shapes import Kind as WantedKind
+from rlhf_lit.data.shapes import Shape
 from rlhf_lit.data.sources import Source
-from rlhf_lit.errors import UserError
+from rlhf_lit.data.trees import is_tree
 
 Kind = Literal["single", "pair", "list"]
 """One answer to a row, a chosen and a rejected one, or several."""
+KINDS: dict[str, Kind] = {"chat": "single", "answer": "single", "text": "single", "pair": "pair"}
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,12 @@ class Answered:
     """A prompt with its answers.
 
     Attributes:
-        prompt: the turns before them; none of a plain text.
-        answers: of a pair the chosen one, then the rejected one.
+        prompt: the turns before them; none of a raw text.
+        answers: of a pair the chosen one, then the rejected one; of two with a verdict, in the file's order.
         ranks: of each answer, 0 for the best; None where the row does not say.
         row: number in its file, from 0.
         source: the row as the file has it; of a message tree, the list taken from it.
+        tools: what the conversation may call.
     """
 
     prompt: Turns
@@ -34,6 +39,7 @@ class Answered:
     ranks: tuple[int, ...] | None
     row: int
     source: dict[str, Any]
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,56 +51,87 @@ class Unusable:
     source: dict[str, Any]
 
 
-def answered(rows: Sequence[Any], source: Source) -> tuple[Kind, list[Answered | Unusable]]:
-    """The rows of a file, one by one; a message tree stands for the ranked lists in it.
+@dataclass(frozen=True)
+class AnsweredFile:
+    """A file's rows, one by one.
+
+    Attributes:
+        kind: what answers they hold; two answers with a verdict are a list, since they may tie.
+        rows: in the file's order; a message tree stands for the ranked lists in it.
+        unused: columns with text that took no part.
+        notes: lines about how the file was read.
+    """
+
+    kind: Kind
+    rows: list[Answered | Unusable]
+    unused: set[str]
+    notes: list[str]
+
+
+def answered(rows: Sequence[Any], source: Source) -> AnsweredFile:
+    """The rows of a file.
 
     Raises:
         UserError: columns of no known shape with an answer, or a mapping that does not fit.
     """
-    taken, numbers = without_trees(rows)
-    found, columns = columns_of(taken, source)
-    check_mapping(source, found)
-    kind = _kind(columns)
-    if kind is None:
-        raise UserError(
-            f"{source.path}: columns {', '.join(sorted(map(str, found))) or '(none)'} have no known shape with answers "
-            "(prompt, question or instruction + completion, response, output or answer; messages; conversations; text; "
-            "chosen + rejected; prompt + answers or responses); name them in `columns`, e.g. {prompt: question}"
-        )
+    reader = _reader(rows, source)
+    kind = KINDS.get(reader.shape.form, "list")
     result: list[Answered | Unusable] = []
-    for number, raw in zip(numbers, taken, strict=True):
-        try:
-            if not isinstance(raw, dict):
-                raise BadRow("malformed")
-            prompt, answers, ranks = _read(renamed(raw, source.columns), columns, kind)
-            result.append(Answered(prompt, answers, ranks, number, raw))
-        except BadRow as reason:
-            result.append(Unusable(str(reason), number, raw if isinstance(raw, dict) else {"text": raw}))
-    return kind, result
+    unused: set[str] = set()
+    for number, raw in enumerate(rows):
+        unused |= reader.unused(raw)
+        for part in reader.parts(raw):
+            try:
+                result += reader.read(part, number)
+            except BadRow as reason:
+                result.append(Unusable(str(reason), number, part if isinstance(part, dict) else {"text": part}))
+    return AnsweredFile(kind, result, unused, reader.notes())
 
 
-def _kind(columns: Set[str]) -> Kind | None:
-    prompted = bool(columns & {*row_shapes.PROMPT_COLUMNS, *row_shapes.CHAT_COLUMNS})
-    if columns >= {"chosen", "rejected"}:
-        return "pair"
-    if prompted and columns & {*row_shapes.LIST_COLUMNS}:
-        return "list"
-    if columns & {*row_shapes.CHAT_COLUMNS, "text"} or (prompted and columns & {*row_shapes.ANSWER_COLUMNS}):
-        return "single"
-    return None
+def _reader(rows: Sequence[Any], source: Source) -> RowReader[Answered]:
+    first = shapes.first_rows(rows)
+    others = [row for row in first if not is_tree(row)]
+    if len(others) < len(first) and not any(isinstance(row, Mapping) for row in others):
+        return RowReader(TREE, _build, trees=True)
+    kind = WantedKind(
+        "answers (prompt, question or instruction + completion, response, output or answer; messages; conversations; "
+        "text; chosen + rejected; two answers with a verdict; prompt + answers or responses)",
+        _candidates,
+        needs={*c.PROMPT, *c.CHAT, *c.ANSWER, *c.PAIR, *c.VERSUS, *c.LISTS, *c.BESIDE, "ranks", "scores", "text"},
+        beside=(*c.BESIDE, *MARGINS, "ranks", "scores"),
+        word="with",
+    )
+    # A line of the scores is the file's own row: no column is put to it under another name.
+    return RowReader(shapes.find_shape(others, source, kind), _build, trees=True)
 
 
-def _read(
-    row: row_shapes.Row, columns: Set[str], kind: Kind
-) -> tuple[Turns, tuple[Turns, ...], tuple[int, ...] | None]:
-    if kind == "pair":
-        prompt, chosen, rejected = row_shapes.preference(row, columns)
-        return prompt, (chosen, rejected), (0, 1)
-    if kind == "single":
-        turns = row_shapes.demonstration(row, columns)
-        return turns[:-1], (turns[-1:],), None
-    prompt, answers = ranked_rows.answers(row, columns)
-    if not answers:
-        raise BadRow("no answers")
-    ranks = ranked_rows.ranks_and_ratings(row, columns, len(answers))[0] if ranked_rows.is_ranked(columns) else None
-    return prompt, answers, ranks
+def _candidates(here: Mapping[str, Column]) -> Iterator[Shape]:
+    yield from shapes.two_answers(here)
+    yield from shapes.lists(here)
+    yield from shapes.chat(here)
+    yield from shapes.answer(here)
+    yield from shapes.raw_text(here)
+
+
+def _build(shape: Shape, row: Row, number: int, source: dict[str, Any]) -> list[Answered]:
+    answers: tuple[Turns, ...]
+    ranks: tuple[int, ...] | None = None
+    if shape.form == "pair":
+        prompt, chosen, rejected = reading.preference(shape, row)
+        reading.margin(shape, row, needed=False)  # refuses ratings that say the opposite
+        answers, ranks = (chosen, rejected), (0, 1)
+    elif shape.form == "versus":
+        assert shape.verdict is not None
+        prompt, answers = reading.two_answers(shape, row)
+        winner = shape.verdict.winner(row)
+        ranks = (0, 0) if winner is None else (winner, 1 - winner)
+    elif shape.form == "list":
+        prompt, answers = ranked_rows.answers(shape, row)
+        if not answers:
+            raise BadRow("no answers")
+        if ranked_rows.is_ordered(shape):
+            ranks = ranked_rows.ranks_and_ratings(shape, row, len(answers))[0]
+    else:
+        turns = reading.demonstration(shape, row)
+        prompt, answers = turns[:-1], (turns[-1:],)
+    return [Answered(prompt, answers, ranks, number, source, shape.tools(row))]

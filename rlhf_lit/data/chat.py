@@ -31,6 +31,13 @@ BLANK_TOKENS = 8
 KEPT_BLANKS = 1000
 
 
+def answers_to(
+    prompt: Sequence[Message], answers: Sequence[Sequence[Message]], tools: Sequence[Any] = ()
+) -> list[Conversation]:
+    """The prompt with each answer, supervised on the answer alone (not on assistant turns of the prompt)."""
+    return [Conversation([*prompt, *answer], len(prompt), len(prompt), tools) for answer in answers]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A conversation as tokens.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lit.batches import Record
-from rlhf_lit.randomness import permutation
+from rlhf_lit.data.mixture import Order
+from rlhf_lit.errors import UserError
 
 Example = TypeVar("Example")
 
@@ -26,7 +27,7 @@ class BatchLoader:
         examples: the whole data set.
         batch_size: examples per batch over all ranks; the last batch of an epoch may be smaller.
         collate: makes a batch record of a list of examples.
-        shuffle: a new order in each epoch, else the file's order.
+        order: of the rows in each epoch; None is always the file's.
         rank, world: which share is this rank's.
     """
 
@@ -35,14 +36,14 @@ class BatchLoader:
         examples: Sequence[Example],
         batch_size: int,
         collate: Callable[[list[Example]], Record],
-        shuffle: bool,
+        order: Order | None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.examples = examples
         self.batch_size = batch_size
         self.collate = collate
-        self.shuffle = shuffle
+        self.order = order
         self.rank = rank
         self.world = world
         self.epoch = 0
@@ -55,15 +56,14 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Record]:
         """As many batches as an epoch has. Shuffled ones go on where the last iteration left off, into the next epoch
         where need be, so that a limit on the batches passes over no row; others begin at the first row each time."""
-        size = len(self.examples)
-        if not self.shuffle:
+        if self.order is None:
             for step in range(len(self)):
-                yield self._batch(torch.arange(size), step)
+                yield self._batch(torch.arange(len(self.examples)), step)
             return
-        epoch, order = self.epoch, permutation(size, "shuffle", self.epoch)
+        epoch, order = self.epoch, self.order(self.epoch)
         for _ in range(len(self)):
             if self.epoch != epoch:
-                epoch, order = self.epoch, permutation(size, "shuffle", self.epoch)
+                epoch, order = self.epoch, self.order(self.epoch)
             step = self.position
             last = step + 1 == len(self)
             self.epoch, self.position = (self.epoch + 1, 0) if last else (self.epoch, step + 1)
@@ -81,7 +81,13 @@ class BatchLoader:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where the state was taken; in larger batches, with the next epoch where that is past the end."""
+        """Continue where the state was taken; in larger batches, with the next epoch where that is past the end.
+
+        Raises:
+            UserError: by a run that streamed its rows.
+        """
+        if "chunk" in state:
+            raise UserError("data.train.streaming: the run that is continued streamed its rows; set it to true")
         self.epoch, self.position = state["epoch"], state["position"]
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0

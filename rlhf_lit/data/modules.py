@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from rlhf_lit.batches import PreferenceBatch, Sequences, SupervisedBatch, UnpairedBatch
 from rlhf_lit.data import records
+from rlhf_lit.data.chat import Conversation, Encoded, answers_to
+from rlhf_lit.data.mismatch import MismatchedRows
 from rlhf_lit.data.ranking_module import RankingDataModule
-from rlhf_lit.data.records import RowReport, Source
+from rlhf_lit.data.records import RowReader
 from rlhf_lit.data.rollout_module import RolloutDataModule
+from rlhf_lit.data.sources import Source
+from rlhf_lit.data.store import Columns, Rows
 from rlhf_lit.data.text_module import Answer, TextDataModule
 from rlhf_lit.data.truncation import truncate_pair, truncate_prompt
-from rlhf_lit.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 
@@ -29,31 +32,45 @@ __all__ = [
 
 
 class SFTDataModule(TextDataModule):
-    """Demonstrations, in any of the supervised shapes. Arguments: see ``TextDataModule``."""
+    """Demonstrations, in any of the supervised shapes.
+
+    Args:
+        train: training rows; the first argument, as of every data module.
+        last_turn_only: only the last answer of a conversation is supervised, not each of them.
+        rows: the other arguments of ``TextDataModule``, by name.
+    """
 
     gives = SupervisedBatch
+    wanted = "demonstrations"
+    columns: ClassVar[Columns] = {"tokens": "tokens", "mask": "mask", "prompt": "tokens", "text": "text"}
 
-    def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        rows = records.rows_of(source, "demonstrations")
-        return records.demonstrations(rows, source, on_bad_row=self.on_bad_row)
+    def __init__(
+        self, train: Source | list[Source] | None = None, *, last_turn_only: bool = False, **rows: Any
+    ) -> None:
+        super().__init__(train, **rows)
+        self.last_turn_only = last_turn_only
 
-    def encode(self, record: records.Demonstration) -> dict[str, Any] | str:
-        encoded = self.chat.demonstration(record.messages)
-        if not any(encoded.mask):
+    @property
+    def settings(self) -> list[object]:
+        return [self.last_turn_only]
+
+    def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
+        return records.demonstration_reader(first_rows, source)
+
+    def conversations(self, record: records.Demonstration) -> list[Conversation]:
+        last = len(record.messages) - 1
+        return [Conversation(record.messages, last, last if self.last_turn_only else 0, record.tools)]
+
+    def row(self, record: records.Demonstration, encoded: Sequence[Encoded]) -> dict[str, Any] | str:
+        (whole,) = encoded
+        if not any(whole.mask):
             return "zero supervised tokens"
-        fitted = truncate_prompt(encoded.tokens, encoded.mask, self.max_length, self.truncation, self._bos)
+        fitted = truncate_prompt(whole.tokens, whole.mask, self.max_length, self.truncation, self._bos)
         if fitted is None:
             return "over-long"
-        prompt = record.messages[:-1]
-        return {
-            "tokens": fitted[0],
-            "mask": fitted[1],
-            "prompt": self.prompt_tokens(prompt),
-            "text": self.prompt_text(prompt),
-            "moved": encoded.boundary_moved,
-        }
+        return {"tokens": fitted[0], "mask": fitted[1], "prompt": self.cut_prompt(whole.prompt), "text": whole.text}
 
-    def collate(self, examples: list[dict[str, Any]]) -> SupervisedBatch:
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> SupervisedBatch:
         sequences = Sequences.pad([row["tokens"] for row in examples], [row["mask"] for row in examples])
         return SupervisedBatch(sequences, self.micro_batch_tokens)
 
@@ -69,17 +86,35 @@ class PreferenceDataModule(TextDataModule):
     """Preference pairs, in any of the paired shapes. Arguments: see ``TextDataModule``."""
 
     gives = PreferenceBatch
+    wanted = "pairs"
+    columns: ClassVar[Columns] = {
+        "chosen": "tokens",
+        "chosen_mask": "mask",
+        "rejected": "tokens",
+        "rejected_mask": "mask",
+        "margin": "number",
+        "prompt": "tokens",
+        "text": "text",
+    }
 
-    def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        return records.preferences(records.rows_of(source, "pairs"), source, on_bad_row=self.on_bad_row)
+    def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
+        return records.preference_reader(first_rows, source, margins=self.reads_margins)
 
-    def encode(self, record: records.Preference) -> dict[str, Any] | str:
-        chosen, rejected = self.chat.pair(record.prompt, record.chosen, record.rejected)
+    @property
+    def settings(self) -> list[object]:
+        return [self.reads_margins]
+
+    def conversations(self, record: records.Preference) -> list[Conversation]:
+        return answers_to(record.prompt, [record.chosen, record.rejected], record.tools)
+
+    def row(self, record: records.Preference, encoded: Sequence[Encoded]) -> dict[str, Any] | str:
+        chosen, rejected = encoded
         if not any(chosen.mask) or not any(rejected.mask):
             return "zero supervised tokens"
         fitted = truncate_pair(chosen, rejected, self.max_length, self.truncation, self._bos)
         if fitted is None:
             return "over-long"
+        prompt, text = self.cut_prompt(chosen.prompt), chosen.text
         chosen, rejected = fitted
         if chosen.tokens == rejected.tokens:
             return "chosen equal to rejected"
@@ -89,12 +124,11 @@ class PreferenceDataModule(TextDataModule):
             "rejected": rejected.tokens,
             "rejected_mask": rejected.mask,
             "margin": record.margin,
-            "prompt": self.prompt_tokens(record.prompt),
-            "text": self.prompt_text(record.prompt),
-            "moved": chosen.boundary_moved,
+            "prompt": prompt,
+            "text": text,
         }
 
-    def collate(self, examples: list[dict[str, Any]]) -> PreferenceBatch:
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         sides = [
             Sequences.pad([row[side] for row in examples], [row[f"{side}_mask"] for row in examples])
             for side in ("chosen", "rejected")
@@ -126,7 +160,7 @@ class PreferenceDataModule(TextDataModule):
         """Pairs for a reward model to score, prompts for a policy to answer."""
         assert self.trainer is not None
         writes = hasattr(self.trainer.lightning_module, "respond")
-        return self.prompt_loader("predict") if writes else self._loader("predict", shuffle=False)
+        return self.prompt_loader("predict") if writes else self._loader("predict")
 
 
 class UnpairedDataModule(TextDataModule):
@@ -137,34 +171,40 @@ class UnpairedDataModule(TextDataModule):
     """
 
     gives = UnpairedBatch
+    wanted = "pairs"
+    columns: ClassVar[Columns] = {
+        "tokens": "tokens",
+        "mask": "mask",
+        "desirable": "flag",
+        "prompt": "tokens",
+        "text": "text",
+    }
 
-    def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        return records.judged(records.rows_of(source, "pairs"), source, on_bad_row=self.on_bad_row)
+    def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
+        return records.judged_reader(first_rows, source)
 
-    def encode(self, record: records.Judged) -> dict[str, Any] | str:
-        (encoded,) = self.chat.answers(record.prompt, [record.response])
-        if not any(encoded.mask):
+    def conversations(self, record: records.Judged) -> list[Conversation]:
+        return answers_to(record.prompt, [record.response], record.tools)
+
+    def row(self, record: records.Judged, encoded: Sequence[Encoded]) -> dict[str, Any] | str:
+        (whole,) = encoded
+        if not any(whole.mask):
             return "zero supervised tokens"
-        fitted = truncate_prompt(encoded.tokens, encoded.mask, self.max_length, self.truncation, self._bos)
+        fitted = truncate_prompt(whole.tokens, whole.mask, self.max_length, self.truncation, self._bos)
         if fitted is None:
             return "over-long"
         return {
             "tokens": fitted[0],
             "mask": fitted[1],
             "desirable": record.desirable,
-            "prompt": self.prompt_tokens(record.prompt),
-            "text": self.prompt_text(record.prompt),
-            "moved": encoded.boundary_moved,
+            "prompt": self.cut_prompt(whole.prompt),
+            "text": whole.text,
         }
 
-    def _load(self, name: str) -> None:
-        super()._load(name)
-        for split in SPLITS:
-            rows = self.examples.get(split, [])
-            if rows and "mismatched" not in rows[0]:
-                self.examples[split] = mismatched(rows, self.max_length)
+    def completed(self, rows: Rows) -> Rows:
+        return MismatchedRows(rows, self.max_length)
 
-    def collate(self, examples: list[dict[str, Any]]) -> UnpairedBatch:
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> UnpairedBatch:
         kinds = [
             Sequences.pad([row[kind] for row in examples], [row[mask] for row in examples])
             for kind, mask in (("tokens", "mask"), ("mismatched", "mismatched_mask"))
@@ -184,37 +224,3 @@ class UnpairedDataModule(TextDataModule):
 
     def predict_dataloader(self) -> Any:
         return self.prompt_loader("predict")
-
-
-def mismatched(rows: Sequence[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
-    """The rows, each with its prompt and another's response as ``mismatched`` and ``mismatched_mask``.
-
-    The other is the first row after it (around the end where need be) that has another prompt and whose response fits;
-    where none fits, the shortest response with another prompt, cut.
-
-    Args:
-        rows: token lists, as ``UnpairedDataModule.encode`` makes them.
-        max_length: of prompt and response, in tokens.
-
-    Raises:
-        UserError: all rows have one prompt.
-    """
-    starts = [row["mask"].index(True) for row in rows]
-    answers = [row["tokens"][start:] for row, start in zip(rows, starts, strict=True)]
-    prompts = [row["tokens"][:start] for row, start in zip(rows, starts, strict=True)]
-    if all(prompt == prompts[0] for prompt in prompts):
-        raise UserError(
-            "data: KTO compares each response with one to another prompt, and all rows have the same prompt"
-        )
-    shortest = sorted(range(len(rows)), key=lambda i: len(answers[i]))
-    result = []
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        following = (j % len(rows) for j in range(i + 1, i + len(rows)))
-        fits = (j for j in following if prompts[j] != prompt and len(prompt) + len(answers[j]) <= max_length)
-        other = next(fits, None)
-        if other is None:
-            other = next(j for j in shortest if prompts[j] != prompt)
-        answer = answers[other][: max(1, max_length - len(prompt))]
-        mask = [False] * len(prompt) + [True] * len(answer)
-        result.append({**row, "mismatched": prompt + answer, "mismatched_mask": mask})
-    return result

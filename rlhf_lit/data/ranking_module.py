@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from rlhf_lit.batches import RankedBatch, Sequences
 from rlhf_lit.data import records
-from rlhf_lit.data.records import RowReport, Source
+from rlhf_lit.data.chat import Conversation, Encoded, answers_to
+from rlhf_lit.data.records import RowReader
+from rlhf_lit.data.sources import Source
+from rlhf_lit.data.store import Columns, Rows
 from rlhf_lit.data.text_module import Answer, TextDataModule
 from rlhf_lit.data.truncation import truncate_group
 from rlhf_lit.errors import UserError, say
@@ -27,22 +30,36 @@ class RankingDataModule(TextDataModule):
     """
 
     gives = RankedBatch
+    wanted = "ranked answers"
+    columns: ClassVar[Columns] = {
+        "answers": "token lists",
+        "masks": "masks",
+        "ranks": "ranks",
+        "ratings": "numbers",
+        "prompt": "tokens",
+        "text": "text",
+    }
 
-    def __init__(self, train: Source | None = None, *, max_answers: int = 9, **rows: Any) -> None:
+    def __init__(self, train: Source | list[Source] | None = None, *, max_answers: int = 9, **rows: Any) -> None:
         super().__init__(train, **rows)
         if max_answers < 2:
             raise UserError(f"data.max_answers must be at least 2, not {max_answers}")
         self.max_answers = max_answers
 
-    def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        rows = records.rows_of(source, "ranked answers")
-        return records.rankings(rows, source, on_bad_row=self.on_bad_row, most=self.max_answers)
+    @property
+    def settings(self) -> list[object]:
+        return [self.max_answers, self.reads_margins]
 
-    def encode(self, record: records.Ranking) -> dict[str, Any] | str:
-        answers = self.chat.answers(record.prompt, record.answers)
-        if not all(any(answer.mask) for answer in answers):
+    def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
+        return records.ranking_reader(first_rows, source, most=self.max_answers, margins=self.reads_margins)
+
+    def conversations(self, record: records.Ranking) -> list[Conversation]:
+        return answers_to(record.prompt, record.answers, record.tools)
+
+    def row(self, record: records.Ranking, encoded: Sequence[Encoded]) -> dict[str, Any] | str:
+        if not all(any(answer.mask) for answer in encoded):
             return "zero supervised tokens"
-        fitted = truncate_group(answers, self.max_length, self.truncation, self._bos)
+        fitted = truncate_group(encoded, self.max_length, self.truncation, self._bos)
         if fitted is None:
             return "over-long"
         ranks: dict[tuple[int, ...], int] = {}
@@ -54,12 +71,11 @@ class RankingDataModule(TextDataModule):
             "masks": [answer.mask for answer in fitted],
             "ranks": list(record.ranks),
             "ratings": list(record.ratings),
-            "prompt": self.prompt_tokens(record.prompt),
-            "text": self.prompt_text(record.prompt),
-            "moved": any(answer.boundary_moved for answer in fitted),
+            "prompt": self.cut_prompt(encoded[0].prompt),
+            "text": encoded[0].text,
         }
 
-    def collate(self, examples: list[dict[str, Any]]) -> RankedBatch:
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> RankedBatch:
         def flat(name: str) -> list[Any]:
             return [value for row in examples for value in row[name]]
 
@@ -83,8 +99,9 @@ class RankingDataModule(TextDataModule):
             "ratings": [0.0] * len(answers),
         }
 
-    def _tokenised(self, name: str, source: Source) -> list[dict[str, Any]]:
-        kept = super()._tokenised(name, source)
-        pairs = sum(a < b for row in kept for a in row["ranks"] for b in row["ranks"])
-        say(f"{name}: {len(kept)} lists of {sum(len(row['ranks']) for row in kept)} answers, {pairs} ranked pairs")
+    def _rows(self, name: str, source: Source) -> Rows:
+        kept = super()._rows(name, source)
+        ranks = [row["ranks"] for row in kept]
+        pairs = sum(a < b for row in ranks for a in row for b in row)
+        say(f"{name}: {len(kept)} lists of {sum(map(len, ranks))} answers, {pairs} ranked pairs")
         return kept

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
 
 from rlhf_lit.batches import ExperienceBatch, PromptBatch
 from rlhf_lit.data import records
-from rlhf_lit.data.records import RowReport, Source
+from rlhf_lit.data.chat import Conversation, Encoded
+from rlhf_lit.data.records import RowReader, RowReport
+from rlhf_lit.data.sources import Source
+from rlhf_lit.data.store import Columns, Rows
 from rlhf_lit.data.text_module import TextDataModule
+from rlhf_lit.data.tokens import stopped
 from rlhf_lit.data.truncation import truncate_prompt
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.rollout.loop import RolloutLoader
 
 # What Lightning makes of a max_epochs that nobody set.
 UNSET_EPOCHS = 1000
+# Rows whose gold answers the reward is asked about together.
+GOLDS_AT_ONCE = 10_000
 
 
 class RolloutDataModule(TextDataModule):
@@ -37,10 +45,12 @@ class RolloutDataModule(TextDataModule):
     """
 
     gives = ExperienceBatch
+    wanted = "prompts"
+    columns: ClassVar[Columns] = {"prompt": "tokens", "text": "text"}
 
     def __init__(
         self,
-        train: Source | None = None,
+        train: Source | list[Source] | None = None,
         *,
         rollout_size: int = 128,
         samples_per_prompt: int = 1,
@@ -58,6 +68,8 @@ class RolloutDataModule(TextDataModule):
                 f"data.batch_size: {batch_size} does not divide the {rollout_size * samples_per_prompt} episodes of a "
                 "rollout (rollout_size × samples_per_prompt)"
             )
+        if any(source.streaming for source in self.sources["train"]):
+            raise UserError("data.train.streaming: a rollout needs its prompts at hand; leave it out, or set a limit")
         self.rollout_size = rollout_size
         self.samples_per_prompt = samples_per_prompt
         self.ppo_epochs = ppo_epochs
@@ -67,6 +79,40 @@ class RolloutDataModule(TextDataModule):
         super().setup(stage)
         if stage == "fit" and self.episodes is not None:
             self._limit_steps(self.episodes)
+
+    def _rows(self, name: str, source: Source) -> Rows:
+        """As in the base class, without the rows whose gold answer the running module's reward cannot read.
+
+        Raises:
+            UserError: it can read none, or there is one where ``on_bad_row`` is ``error``.
+        """
+        rows = super()._rows(name, source)
+        # Not every module that answers prompts has a reward.
+        judge = getattr(getattr(self._module(), "reward", None), "all_unreadable", None)
+        if judge is None:
+            return rows
+        place = name if len(self.sources[name]) < 2 else f"{name} ({source.label})"
+        golds = RowReport(source.label, len(rows), len(rows))
+        kept = []
+        for start in range(0, len(rows), GOLDS_AT_ONCE):
+            block = rows[start : start + GOLDS_AT_ONCE]
+            for i, (row, reason) in enumerate(zip(block, judge([row["source"] for row in block]), strict=True), start):
+                if reason is None:
+                    kept.append(i)
+                    continue
+                if self.on_bad_row == "error":
+                    raise UserError(stopped(source, row["row"], f"{reason}, where model.reward reads the gold answer"))
+                golds.drop(reason, row["row"])
+                self.reports[place].drop(reason, row["row"])
+        if not kept:
+            raise UserError(
+                f"data.{name}: model.reward can read no gold answer of {golds.summary()}; name the column that holds "
+                "them, or take a reward that reads them"
+            )
+        if len(kept) == len(rows):
+            return rows
+        say(f"{place}: gold answers that model.reward can read: {golds.summary()}")
+        return rows.select(np.asarray(kept))
 
     def _limit_steps(self, episodes: int) -> None:
         assert self.trainer is not None
@@ -84,19 +130,24 @@ class RolloutDataModule(TextDataModule):
         per_rollout = self.rollout_size * self.samples_per_prompt
         return math.ceil(episodes / per_rollout) * self.ppo_epochs * (per_rollout // self.batch_size)
 
-    def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        return records.prompts(records.rows_of(source, "prompts"), source, on_bad_row=self.on_bad_row)
+    def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
+        return records.prompt_reader(first_rows, source)
 
-    def encode(self, record: records.Prompt) -> dict[str, Any] | str:
-        tokens = self.chat.prompt(record.prompt)
-        if not tokens:
+    def conversations(self, record: records.Prompt) -> list[Conversation]:
+        return [Conversation(record.prompt, len(record.prompt), tools=record.tools)]
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | str]:
+        return self.chat.prompts(conversations)
+
+    def row(self, record: records.Prompt, encoded: Sequence[Encoded]) -> dict[str, Any] | str:
+        (whole,) = encoded
+        if not whole.prompt:
             return "empty prompt"
-        fitted = truncate_prompt(tokens, [False] * len(tokens), self.max_length, self.truncation, self._bos)
-        if fitted is None:
-            return "over-long"
-        return {"prompt": fitted[0], "text": self.prompt_text(record.prompt)}
+        no_answer = [False] * len(whole.prompt)
+        fitted = truncate_prompt(whole.prompt, no_answer, self.max_length, self.truncation, self._bos)
+        return "over-long" if fitted is None else {"prompt": fitted[0], "text": whole.text}
 
-    def first_seen(self, rows: Sequence[dict[str, Any]], places: Sequence[int]) -> PromptBatch:
+    def first_seen(self, rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> PromptBatch:
         return self.prompt_batch([(row, place, 0) for row, place in zip(rows, places, strict=True)])
 
     def train_dataloader(self) -> RolloutLoader:
@@ -110,6 +161,7 @@ class RolloutDataModule(TextDataModule):
             self.batch_size,
             self.ppo_epochs,
             *self._rank(),
+            self.order(),
         )
 
     def _collect(self, prompts: PromptBatch, rollout: int) -> ExperienceBatch:

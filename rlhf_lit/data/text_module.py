@@ -7,23 +7,25 @@ to the machine: what goes through the device at once; it changes no result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 
 from rlhf_lit.batches import Batch, PromptBatch, Record, Sequences
-from rlhf_lit.data import records
-from rlhf_lit.data.chat import ChatFormat, Template
+from rlhf_lit.data.chat import ChatFormat, Conversation, Encoded, Template
 from rlhf_lit.data.loader import BatchLoader
-from rlhf_lit.data.records import OnBadRow, RowReport, Source
-from rlhf_lit.data.sources import require_one_world
-from rlhf_lit.data.tokens import tokenise
+from rlhf_lit.data.mixture import Order, in_shares, mixed_order, shuffled
+from rlhf_lit.data.records import OnBadRow, RowReader, RowReport
+from rlhf_lit.data.sources import Source, open_rows, require_one_world
+from rlhf_lit.data.store import Columns, Rows, held_out, joined, schema_of
+from rlhf_lit.data.stream import Stream, StreamLoader
+from rlhf_lit.data.tokens import Loading, Work, code_of, key_of, stopped, tokenised
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
 from rlhf_lit.errors import UserError, say
-from rlhf_lit.randomness import permutation
+from rlhf_lit.playground import Wanted
 
 SHOWN_SAMPLES = 8
 
@@ -35,7 +37,7 @@ class TextDataModule(LightningDataModule):
     """What the data modules share: reading, validating, tokenising with a cache, splitting, batching.
 
     Args:
-        train: training rows.
+        train: training rows; of a list of sources, a mixture in the ratio of their weights.
         validation: held-out rows, from a file or split of their own.
         validation_fraction: instead of `validation`, this fraction of the training rows, always the same ones.
         test: rows for `test`.
@@ -48,13 +50,14 @@ class TextDataModule(LightningDataModule):
         template: how conversations become text: the tokenizer's own chat template where it has one (`auto`), that
             or none (`tokenizer`), the built-in `User: … Assistant: …` (`plain`), or the bare text (`none`).
         on_bad_row: `skip` counts and reports bad rows, `error` stops at the first.
-        workers: processes that tokenise.
+        workers: processes that read and tokenise a file of 10 000 rows or more; null is one for each core.
         cache: folder of tokenised files, found again by content; null keeps nothing.
+        stream_buffer: rows of a streamed source that are shuffled together.
     """
 
     def __init__(
         self,
-        train: Source | None = None,
+        train: Source | list[Source] | None = None,
         validation: Source | None = None,
         validation_fraction: float = 0.0,
         test: Source | None = None,
@@ -65,19 +68,33 @@ class TextDataModule(LightningDataModule):
         truncation: Truncation = "keep_end",
         template: Template = "auto",
         on_bad_row: OnBadRow = "skip",
-        workers: int = 1,
+        workers: int | None = None,
         cache: str | None = "~/.cache/rlhf_lit",
+        stream_buffer: int = 10_000,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("micro_batch_tokens", micro_batch_tokens)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("micro_batch_tokens", micro_batch_tokens),
+            ("stream_buffer", stream_buffer),
+            ("workers", 1 if workers is None else workers),
+        ):
             if value < 1:
                 raise UserError(f"data.{name} must be at least 1, not {value}")
         if not 0 <= validation_fraction < 1:
             raise UserError(f"data.validation_fraction must lie in [0, 1), not {validation_fraction}")
         if validation is not None and validation_fraction:
             raise UserError("data.validation_fraction: leave it out where data.validation names rows of its own")
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
-        require_one_world(self.sources)
+        mixed = train if isinstance(train, list) else [] if train is None else [train]
+        self.sources: dict[str, list[Source]] = {"train": mixed}
+        for split, source in (("validation", validation), ("test", test), ("predict", predict)):
+            self.sources[split] = [] if source is None else [source]
+        require_one_world({name: source for name, some in self.sources.items() for source in some})
+        if any(source.streaming for source in mixed):
+            if len(mixed) > 1:
+                raise UserError("data.train: a mixture cannot be streamed; leave streaming out, or name one source")
+            if validation_fraction:
+                raise UserError("data.validation_fraction: rows that are streamed cannot be split; set data.validation")
         self.validation_fraction = validation_fraction
         self.batch_size = batch_size
         self.micro_batch_tokens = micro_batch_tokens
@@ -87,26 +104,59 @@ class TextDataModule(LightningDataModule):
         self.on_bad_row: OnBadRow = on_bad_row
         self.workers = workers
         self.cache = cache
-        self.examples: dict[str, list[Any]] = {}
+        self.stream_buffer = stream_buffer
+        self.examples: dict[str, Rows] = {}
         self.reports: dict[str, RowReport] = {}
         self.identities: dict[str, str] = {}  # of the rows that were read for a split: how many, and a digest
+        self.stream: Stream | None = None  # of the training rows, where they are streamed
+        self._order: Order | None = None  # of a mixture
         self._chat: ChatFormat | None = None
 
     # What a subclass says
 
     gives: type[Batch] | None = None  # the kind of batch that its rows make, where it says so
+    wanted: Wanted  # what the built-in world makes up for it
+    columns: ClassVar[Columns]  # of its rows
 
-    def read(self, source: Source) -> tuple[list[Any], RowReport]:
-        """Validated records of a source."""
+    def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
+        """What makes records of a source's rows, whose first ones are given.
+
+        Raises:
+            UserError: they have no known shape.
+        """
         raise NotImplementedError
 
-    def encode(self, record: Any) -> dict[str, Any] | str:
-        """A record's tokens (plain lists), or in a few words why it has none."""
+    def conversations(self, record: Any) -> list[Conversation]:
+        """What is tokenised of a record."""
         raise NotImplementedError
 
-    def collate(self, examples: list[dict[str, Any]]) -> Batch:
-        """A typed batch of what ``encode`` made."""
+    def row(self, record: Any, encoded: Sequence[Encoded]) -> dict[str, Any] | str:
+        """The row that a record makes, with the tokens of its conversations, or in a few words why it makes none."""
         raise NotImplementedError
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        """A typed batch of what ``row`` made."""
+        raise NotImplementedError
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | str]:
+        """Their tokens, or why the chat template refuses one."""
+        return self.chat.encode(conversations)
+
+    def completed(self, rows: Rows) -> Rows:
+        """The rows of a split with what depends on the others among them."""
+        return rows
+
+    @property
+    def settings(self) -> list[object]:
+        """What else rows of a subclass depend on."""
+        return []
+
+    @property
+    def reads_margins(self) -> bool:
+        """Whether the running loss does, so that a row without one is a bad row."""
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        return bool(getattr(getattr(module, "loss", None), "use_margin", False))
 
     @property
     def answers_per_row(self) -> int:
@@ -122,11 +172,11 @@ class TextDataModule(LightningDataModule):
         name = type(self).__name__
         raise UserError(f"data: memory does not know what a row of {name} is made of; write {name}.row_of(answers)")
 
-    def first_seen(self, rows: Sequence[dict[str, Any]], places: Sequence[int]) -> Batch | PromptBatch:
+    def first_seen(self, rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> Batch | PromptBatch:
         """What training makes of rows first: a batch to learn from, or prompts to be answered.
 
         Args:
-            rows: training rows, as ``encode`` made them.
+            rows: training rows, as ``row`` made them.
             places: their numbers among the training rows.
         """
         return self.collate(list(rows))
@@ -182,55 +232,70 @@ class TextDataModule(LightningDataModule):
         raise UserError(f"data: {type(self).__name__} gives {self.gives.kind}, and {name} learns from {words}")
 
     def _load(self, name: str) -> None:
-        source = self.sources[name]
-        if name == "predict" and source is None:
-            source = self.sources["test"] or self.sources["validation"]
-        if source is not None:
-            self.examples[name] = self._tokenised(name, source)
+        sources = self.sources[name]
+        if name == "predict" and not sources:
+            sources = self.sources["test"] or self.sources["validation"]
+        parts = [self._rows(name, source) for source in sources]
         if name == "validation" and self.validation_fraction and "train" not in self.examples:
             self._load("train")
-        if name == "train" and self.validation_fraction and source is not None:
-            rows = self.examples["train"]
-            # The same rows whatever the run's seed, so that arms of a sweep are compared on the same ones.
-            order = np.random.default_rng(0).permutation(len(rows))
-            held_out = max(1, round(self.validation_fraction * len(rows)))
-            self.examples["validation"] = [rows[i] for i in sorted(order[:held_out])]
-            self.examples["train"] = [rows[i] for i in sorted(order[held_out:])]
+        if name == "train" and self.validation_fraction and parts:
+            split = [held_out(part, self.validation_fraction) for part in parts]
+            parts = [kept for kept, _ in split]
+            self.examples["validation"] = self.completed(joined([held for _, held in split]))
+        if name == "train" and len(parts) > 1:
+            self._order = mixed_order([len(part) for part in parts], [source.weight for source in sources])
+            labels, weights = [source.label for source in sources], [source.weight for source in sources]
+            say(f"train: {in_shares(labels, [len(part) for part in parts], weights)}")
+        if parts:
+            self.examples[name] = self.completed(joined(parts))
 
-    def _tokenised(self, name: str, source: Source) -> list[dict[str, Any]]:
-        """Rows of a source as token lists; bad ones counted and reported."""
-        found, report = self.read(source)
-        settings = (type(self).__name__, self.chat.fingerprint, self.max_length, self.truncation)
-        encoded, key = tokenise(found, self.encode, settings, name, self.cache, self.workers)
-        self.identities[name] = f"{len(found)} rows with the digest {key[:12]}"
-        kept = []
-        for record, tokens in zip(found, encoded, strict=True):
-            if isinstance(tokens, str):
-                if self.on_bad_row == "error":
-                    raise UserError(
-                        f"data.{name}: {report.file} row {record.row}: {tokens}; mend it or set on_bad_row: skip"
-                    )
-                report.drop(tokens, record.row)
-            else:
-                kept.append({**tokens, "source": record.source, "row": record.row})
-        self.reports[name] = report
-        say(f"{name}: {report.summary()}")
-        if moved := sum(bool(row.get("moved")) for row in kept):
+    def _rows(self, name: str, source: Source) -> Rows:
+        """Rows of a source, tokenised; bad ones counted and reported."""
+        load = Loading(
+            name, source, open_rows(source, self.wanted), partial(self._work, source), self.on_bad_row, self.workers
+        )
+        if name == "train" and source.streaming and source.limit is None:
+            # A block is a whole number of batches.
+            buffer = max(1, self.stream_buffer // self.batch_size) * self.batch_size
+            self.stream = Stream(load, buffer, self.completed)
+            rows = self.stream.first()
             say(
-                f"{name}: in {moved} rows the prompt's own tokens are not a prefix of the row's; the response starts "
-                "at the common prefix"
+                f"train: {source.label} is streamed: it has no length, its rows are shuffled among {buffer} at a time, "
+                "and the bad ones are counted in the first of these alone"
             )
-        if not kept:
-            raise UserError(f"data.{name}: no usable row is left of {report.summary()}")
-        return kept
+            self._say(name, load.report)
+            return rows
+        settings = (*code_of(type(self)), self.chat.fingerprint, self.max_length, self.truncation, *self.settings)
+        key = key_of(load.file, source, settings)
+        stored = tokenised(load, key, self.cache)
+        report = RowReport.from_json(stored.summary, source.label)
+        if self.on_bad_row == "error" and report.first_bad is not None:
+            raise UserError(stopped(source, *report.first_bad))
+        place = name if len(self.sources[name]) < 2 else f"{name} ({source.label})"
+        self.identities[place] = f"{len(stored)} rows with the digest {key[:12]}"
+        self.reports[place] = report
+        self._say(place, report)
+        return stored
+
+    def _work(self, source: Source, first_rows: list[Any]) -> Work:
+        reader = self.reader(first_rows, source)
+        return Work(reader, self.encode, self.conversations, self.row, schema_of(self.columns))
+
+    def _say(self, name: str, report: RowReport) -> None:
+        for line in (report.summary(), *report.remarks()):
+            say(f"{name}: {line}")
 
     # Loaders
 
-    def _loader(self, name: str, shuffle: bool) -> BatchLoader | list[Any]:
-        return self._batches(name, self.examples.get(name) or [], self.collate, shuffle)
+    def _loader(self, name: str) -> BatchLoader | list[Any]:
+        return self._batches(name, self.examples.get(name) or [], self.collate)
+
+    def order(self) -> Order:
+        """Of the training rows in each epoch."""
+        return self._order or shuffled(len(self.examples["train"]))
 
     def _batches(
-        self, name: str, examples: Sequence[Any], collate: Callable[[list[Any]], Record], shuffle: bool
+        self, name: str, examples: Sequence[Any], collate: Callable[[list[Any]], Record], order: Order | None = None
     ) -> BatchLoader | list[Any]:
         """This rank's share of a split's batches; none where there is nothing.
 
@@ -242,7 +307,7 @@ class TextDataModule(LightningDataModule):
         rank, world = self._rank()
         if name in ("validation", "test") and len(examples) < world:
             raise UserError(f"data.{name}: {len(examples)} rows are too few for {world} ranks, which need one each")
-        return BatchLoader(examples, self._batch_size(name), collate, shuffle, rank, world)
+        return BatchLoader(examples, self._batch_size(name), collate, order, rank, world)
 
     def _batch_size(self, name: str) -> int:
         """Rows of a split's batch. In an evaluation ranks add their numbers up together, so that each must have some: a
@@ -254,16 +319,25 @@ class TextDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def train_dataloader(self) -> Any:
-        return self._loader("train", shuffle=True)
+        if self.stream is not None:
+            return StreamLoader(self.stream, self.batch_size, self.collate, self._steps(), *self._rank())
+        return self._batches("train", self.examples.get("train") or [], self.collate, self.order())
+
+    def _steps(self) -> int:
+        """Of the run, as far as a stream must know."""
+        assert self.trainer is not None
+        if self.trainer.max_steps < 0:
+            raise UserError("data.train.streaming: a stream has no length; set trainer.max_steps")
+        return self.trainer.max_steps
 
     def val_dataloader(self) -> Any:
-        return self._loader("validation", shuffle=False)
+        return self._loader("validation")
 
     def test_dataloader(self) -> Any:
-        return self._loader("test", shuffle=False)
+        return self._loader("test")
 
     def predict_dataloader(self) -> Any:
-        return self._loader("predict", shuffle=False)
+        return self._loader("predict")
 
     def batches_in_order(self, limit: int) -> Iterator[Record]:
         """The first ``limit`` training rows in the file's order."""
@@ -271,10 +345,11 @@ class TextDataModule(LightningDataModule):
         for start in range(0, len(rows), self.batch_size):
             yield self.collate(rows[start : start + self.batch_size])
 
-    def rows_seen(self, name: str) -> list[dict[str, Any]]:
+    def rows_seen(self, name: str) -> Sequence[Mapping[str, Any]]:
         """The rows of a split that the trainer's limits leave to the present run, however far it has come."""
         assert self.trainer is not None
-        trainer, rows = self.trainer, self.examples.get(name) or []
+        trainer = self.trainer
+        rows: Sequence[Any] = self.examples.get(name) or []
         size = self._batch_size(name)
         batches = math.ceil(len(rows) / size)
         limit = {
@@ -285,18 +360,18 @@ class TextDataModule(LightningDataModule):
         seen = int(limit * batches) if isinstance(limit, float) else min(limit, batches)
         order = torch.arange(len(rows))
         if name == "train":
-            order = permutation(len(rows), "shuffle", 0)
+            order = self.order()(0)
             seen *= trainer.max_epochs if trainer.max_epochs not in (None, -1) else batches
             seen = seen if trainer.max_steps < 0 else min(seen, trainer.max_steps)
         return rows if seen >= batches else [rows[i] for i in order[: seen * size].tolist()]
 
     def sample_prompts(self) -> PromptBatch | None:
         """A few held-out prompts (training ones where nothing is held out) to watch the policy by."""
-        found = self.examples.get("validation") or self.examples.get("train") or []
+        found: Sequence[Any] = self.examples.get("validation") or self.examples.get("train") or []
         rows = [row for row in found[:SHOWN_SAMPLES] if row["prompt"]]
         return self.prompt_batch([(row, i, 0) for i, row in enumerate(rows)]) if rows else None
 
-    def prompt_batch(self, items: Sequence[tuple[dict[str, Any], int, int]]) -> PromptBatch:
+    def prompt_batch(self, items: Sequence[tuple[Mapping[str, Any], int, int]]) -> PromptBatch:
         """A prompt batch of [(example, stream index, sample number)]."""
         prompts = [row["prompt"] for row, _, _ in items]
         return PromptBatch(
@@ -308,17 +383,13 @@ class TextDataModule(LightningDataModule):
             self.micro_batch_tokens,
         )
 
-    def prompt_tokens(self, messages: Sequence[records.Message]) -> list[int]:
-        """The prompt to be answered, cut like a row's; empty where a row has none (plain text without a template)."""
-        tokens = self.chat.prompt(messages)
+    def cut_prompt(self, tokens: list[int]) -> list[int]:
+        """The prompt to be answered, cut like a row's; empty where a row has none (plain text)."""
         fitted = truncate_prompt(tokens, [False] * len(tokens), self.max_length, self.truncation, self._bos)
         return fitted[0] if fitted else tokens
 
-    def prompt_text(self, messages: Sequence[records.Message]) -> str:
-        """The prompt as a reward function and a reader see it: a single turn bare, a dialogue rendered."""
-        return messages[0].content if len(messages) == 1 else self.chat.render_prompt(messages)
-
     def prompt_loader(self, name: str) -> BatchLoader | list[Any]:
         """Prompts of a split, to be answered."""
-        items = [(row, i, 0) for i, row in enumerate(self.examples.get(name) or []) if row["prompt"]]
-        return self._batches(name, items, self.prompt_batch, shuffle=False)
+        rows: Sequence[Any] = self.examples.get(name) or []
+        items = [(row, i, 0) for i, row in enumerate(rows) if row["prompt"]]
+        return self._batches(name, items, self.prompt_batch)

@@ -91,6 +91,25 @@ def fitting(prompts: Sequence[Prompt], module: SFT, template: Template, report: 
     return kept
 
 
+def with_readable_gold(prompts: Sequence[Prompt], judges: Sequence[Judge], report: RowReport) -> list[Prompt]:
+    """Those whose gold answers every judge can read; the others are counted.
+
+    Raises:
+        UserError: a judge can read none.
+    """
+    kept = list(prompts)
+    for judge in judges:
+        with judge.complaining():
+            reasons = judge.source.all_unreadable([prompt.source for prompt in kept])
+        for prompt, reason in zip(kept, reasons, strict=True):
+            if reason is not None:
+                report.drop(reason, prompt.row)
+        kept = [prompt for prompt, reason in zip(kept, reasons, strict=True) if reason is None]
+        if not kept:
+            raise UserError(f"{judge.name}: no gold answer can be read: {report.summary()}")
+    return kept
+
+
 def sampled(module: SFT, prompts: Sequence[Prompt], samples: int, template: Template, stream: int) -> Answers:
     """A model's own responses; see ``draw``."""
     drawn, texts = draw(module, [prompt.prompt for prompt in prompts], samples, stream, template)

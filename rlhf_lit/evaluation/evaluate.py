@@ -113,7 +113,8 @@ def evaluate(
     if pairs is not None:
         found = on_pairs(found, setup, model, reference, pairs)
     for name, rows in found.files.items():
-        say(f"{name}: {rows.summary()}")
+        for line in (rows.summary(), *rows.remarks()):
+            say(f"{name}: {line}")
     return found, _write(found, target, wandb)
 
 

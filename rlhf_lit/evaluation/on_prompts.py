@@ -10,7 +10,7 @@ from rlhf_lit.data.chat import ChatFormat
 from rlhf_lit.data.records import Prompt, RowReport, Source
 from rlhf_lit.data.sources import is_local_file
 from rlhf_lit.errors import UserError
-from rlhf_lit.evaluation.answers import Answers, Judge, fitting, read_answers, read_prompts, sampled
+from rlhf_lit.evaluation.answers import Answers, Judge, fitting, read_answers, read_prompts, sampled, with_readable_gold
 from rlhf_lit.evaluation.best_of_n import best_of_n_curve
 from rlhf_lit.evaluation.divergence import kl_per_response
 from rlhf_lit.evaluation.estimates import Array, Estimate
@@ -75,6 +75,7 @@ def on_prompts(
     tokenizer = policy.tokenizer
     for judge in judges:
         judge.prepare(tokenizer)
+    prompts = with_readable_gold(prompts, judges, report)
     chat = ChatFormat(tokenizer, setup.template)
     texts = [prompt_text(chat, prompt.prompt) for prompt in prompts]
     ours = sampled(policy, prompts, setup.samples, setup.template, MODEL)

@@ -94,14 +94,15 @@ def read_contests(source: Source, on_bad_row: OnBadRow) -> tuple[list[Contest], 
             "`python -m rlhf_lit playground --model RUN --to FILE` and name it here"
         )
     rows = records.read_rows(source)
-    sides = [source.columns.get(side, side) for side in ("chosen", "rejected")]
+    sides = [str(source.columns.get(side, side)) for side in ("chosen", "rejected")]
     # A list of texts is checked like a pair by its first ones, and the others below.
     pairs, report = records.preferences([_first_of_each(row, sides) for row in rows], source, on_bad_row=on_bad_row)
+    report.unused -= {"subset", "id"}  # which the contests take
     contests = []
     for pair in pairs:
         raw = rows[pair.row]
         chosen, rejected = (
-            _answers(raw[side], first) for side, first in zip(sides, (pair.chosen, pair.rejected), strict=True)
+            _answers(raw.get(side), first) for side, first in zip(sides, (pair.chosen, pair.rejected), strict=True)
         )
         reason = _fault(chosen, rejected) or _no_contest(raw)
         if reason and on_bad_row == "error":

@@ -77,13 +77,15 @@ class Evaluation:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as JSON, the samples left out; NaN, which JSON has not, as null."""
+    """Dataclasses as JSON, the samples left out; NaN, which JSON has not, as null; sets as sorted lists."""
     if isinstance(value, Estimate):
         return value.plain
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.name != "samples"}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, set):
+        return sorted(value)
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

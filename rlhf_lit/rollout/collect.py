@@ -198,8 +198,8 @@ def _scores(policy: Collector, prompts: PromptBatch, samples: Samples, texts: li
     if not bool(raw.isfinite().all()):  # it would stay in the moments and the weights for good
         row = int((~raw.isfinite()).nonzero()[0])
         raise UserError(
-            f"reward: row {row}, the response {shown(texts[row])}, has the score {float(raw[row])}; the reward model "
-            "is broken, or too wide for its dtype"
+            f"reward: the response {shown(texts[row])} to {shown(prompts.texts[row])} has the score {float(raw[row])}; "
+            "the reward model is broken, or too wide for its dtype"
         )
     policy.score_moments.update(raw, policy.sum_over_ranks)
     return Scores(raw, policy.shaping(raw, samples.ended, policy.score_moments), dict(policy.reward.parts))

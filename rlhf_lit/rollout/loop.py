@@ -42,6 +42,7 @@ class RolloutLoader:
         minibatch_size: responses per optimizer step, over all ranks; divides rollout_size × samples_per_prompt.
         ppo_epochs: passes over a rollout.
         rank, world: which share is this rank's.
+        order: of the prompts in each pass over them (pass number → places); None is a random one of all of them.
 
     Raises:
         UserError: fewer prompts in a rollout than ranks.
@@ -59,6 +60,7 @@ class RolloutLoader:
         ppo_epochs: int,
         rank: int = 0,
         world: int = 1,
+        order: Callable[[int], Tensor] | None = None,
     ) -> None:
         if rollout_size < world:
             raise UserError(
@@ -72,6 +74,7 @@ class RolloutLoader:
         self.samples_per_prompt = samples_per_prompt
         self.minibatch_size = minibatch_size
         self.ppo_epochs = ppo_epochs
+        self.order = order or (lambda number: permutation(len(prompts), "shuffle", number))
         self.rank = rank
         self.world = world
         self.rollout = 0
@@ -129,7 +132,7 @@ class RolloutLoader:
             index = rollout * self.rollout_size + place
             epoch, position = divmod(index, len(self.prompts))
             if epoch not in orders:
-                orders[epoch] = permutation(len(self.prompts), "shuffle", epoch)
+                orders[epoch] = self.order(epoch)
             prompt = self.prompts[int(orders[epoch][position])]
             items.extend((prompt, index, sample) for sample in range(self.samples_per_prompt))
         return self.collate(items)

@@ -1,6 +1,6 @@
 """Where a rollout's scores come from: a trained reward model, any Python function, or a weighted sum of sources.
 
-Sources that check a response by a rule, without a model, are in ``verifiable.py``.
+Sources that check a response by a rule, without a model, are in ``verifiable.py`` and the files it names.
 """
 
 from __future__ import annotations
@@ -79,6 +79,21 @@ class RewardSource(nn.Module):
     def critic_base(self) -> Base | None:
         """Where a critic can start from; None where the source is no model."""
         return None
+
+    def unreadable(self, row: dict[str, Any]) -> str | None:
+        """Why the source cannot read a row's gold answer, in a few words that rows are counted under.
+
+        Args:
+            row: as the data file has it. Data modules ask about every row before the first step, and drop it.
+
+        Returns:
+            The reason, or None where the answer can be read, or none is needed.
+        """
+        return None
+
+    def all_unreadable(self, rows: list[dict[str, Any]]) -> list[str | None]:
+        """``unreadable`` of each row; for a source that reads many at once faster."""
+        return [self.unreadable(row) for row in rows]
 
     def forward(
         self,
@@ -220,7 +235,7 @@ class RewardFromFunction(RewardSource):
         return score_tensor(scores, responses, sequences.tokens.device, f"reward.function: {self.name}")
 
     def _complaint(self, error: Exception, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> str:
-        """What was raised and where; and on which row, where the function raises the same on that row alone."""
+        """What was raised and where; and on which response, where the function raises the same on it alone."""
         line = f"reward.function: {self.name} raised {_described(error)}"
         for frame in traceback.extract_tb(error.__traceback__)[1:2]:  # the function's own, below ours
             line += f" ({Path(frame.filename).name}, line {frame.lineno})"
@@ -229,7 +244,7 @@ class RewardFromFunction(RewardSource):
                 self.function(prompts[i : i + 1], responses[i : i + 1], rows[i : i + 1])
             except Exception as again:
                 if _described(again) == _described(error):
-                    return f"{line}; the first row it fails on is row {i}, the response {shown(responses[i])}"
+                    return f"{line}; the first response it fails on is {shown(responses[i])} to {shown(prompts[i])}"
         return line
 
 
@@ -277,6 +292,18 @@ class RewardSum(RewardSource):
         bases = (source.critic_base() for source in self.sources.values())
         return next((base for base in bases if base is not None), None)
 
+    def unreadable(self, row: dict[str, Any]) -> str | None:
+        """What the first source says, in the order given, that cannot read the row."""
+        return self.all_unreadable([row])[0]
+
+    def all_unreadable(self, rows: list[dict[str, Any]]) -> list[str | None]:
+        found: list[str | None] = [None] * len(rows)
+        for name, source in self.sources.items():
+            with _complaining_as(name):
+                reasons = source.all_unreadable(rows)
+            found = [one or (reason and f"{name}: {reason}") for one, reason in zip(found, reasons, strict=True)]
+        return found
+
     def forward(
         self,
         sequences: Sequences,
@@ -314,12 +341,12 @@ def score_tensor(scores: Any, responses: Sequence[str], device: torch.device, gi
     if len(scores) != len(responses):
         raise UserError(f"{giver} returned {len(scores)} scores for {len(responses)} responses")
     numbers = [score.tolist() if hasattr(score, "tolist") else score for score in scores]
-    for i, number in enumerate(numbers):
+    for response, number in zip(responses, numbers, strict=True):
         # NaN compares as False, and an int beyond every float compares exactly.
         if not isinstance(number, int | float) or not abs(number) <= LARGEST:
             raise UserError(
-                f"{giver} returned {shown(number)} instead of a number (finite in float32) for row {i}, "
-                f"the response {shown(responses[i])}"
+                f"{giver} returned {shown(number)} instead of a number (finite in float32) for "
+                f"the response {shown(response)}"
             )
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 

@@ -1,84 +1,26 @@
-"""Reward sources that need no model: a response is checked by a rule, against its row or by itself."""
+"""Reward sources that need no model: a response is checked by a rule, against its row or by itself.
+
+Those that stand on a library are files of their own: ``math_reward.py``, ``instruction_reward.py``,
+``reasoning_gym.py``; multiple choice is ``choice_reward.py``.
+"""
 
 from __future__ import annotations
 
 import re
-from decimal import Context, Decimal
-from typing import Any, Literal
+import string
+import unicodedata
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
+from rlhf_lit.rollout.final_number import final_number, gold_number
 from rlhf_lit.rollout.rewards import RewardSource, require_finite, score_tensor, shown
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_NUMBER = re.compile(
-    rf"""
-    (?:(?<![A-Za-z0-9_)\]}}%.])(?P<minus>-))?    # the minus of 16-3 is no sign
-    [$€£¥]?
-    (?<![A-Za-z0-9_^/])                          # no part of a word (m2), an exponent or a date
-    (?P<number>(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,3}}(?![A-Za-z0-9]))?)
-    (?:/(?P<denominator>[0-9]+(?:\.[0-9]+)?)(?![0-9/]))?
-    """,
-    re.VERBOSE,
-)
-_LATEX = (
-    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
-    (re.compile(r"\{,\}"), ","),  # 1{,}080
-    (re.compile(r"\\[,!]"), ""),  # 1,\!080 and 1\,080
-    (re.compile(r"\\\$"), "$"),
-)
-# Enough digits that fractions of different value do not meet; no trap matters, as exponents have three digits.
-_DIVISION = Context(prec=50)
-
-
-def final_number(text: str) -> Decimal | None:
-    r"""The number a text ends in, exactly.
-
-    It is the one number on the line of the last ``####`` (GSM8K's mark) or between the braces of the last
-    ``\boxed{…}``, whichever comes later; several different numbers there are no answer, so that hedging earns nothing.
-    A text without either mark answers with its last number.
-
-    ``1,080``, ``$18``, ``-5``, ``−5``, ``.5``, ``1e3`` and ``72.`` are numbers; a currency sign, a percent sign and a
-    unit are left aside (``50%`` is 50). ``1/2`` and ``\frac{1}{2}`` are their quotient, to 50 digits; a mixed number
-    (``1 1/2``) is two. The decimal mark is the point, the comma groups thousands.
-
-    Returns:
-        The number, or None where the text has no answer.
-    """
-    text = text.replace("−", "-")
-    for pattern, plain in _LATEX:
-        text = pattern.sub(plain, text)
-    marked = _marked(text)
-    numbers = [_value(match) for match in _NUMBER.finditer(text if marked is None else marked)]
-    if marked is not None and len(set(numbers)) > 1:
-        return None
-    return numbers[-1] if numbers else None
-
-
-def _marked(text: str) -> str | None:
-    """What stands in the place that a mark gives to the answer; None without a mark."""
-    hashes, box = text.rfind("####"), text.rfind(r"\boxed{")
-    if hashes < 0 and box < 0:
-        return None
-    if hashes > box:
-        return text[hashes + len("####") :].strip().partition("\n")[0]
-    inside = text[box + len(r"\boxed{") :]
-    depth = 1
-    for i, letter in enumerate(inside):
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:
-            return inside[:i]
-    return inside
-
-
-def _value(match: re.Match[str]) -> Decimal | None:
-    number = Decimal((match["minus"] or "") + match["number"].replace(",", ""))
-    if match["denominator"] is None:
-        return number
-    denominator = Decimal(match["denominator"])
-    return _DIVISION.divide(number, denominator) if denominator else None
+Gold = TypeVar("Gold")
 
 
 class RuleReward(RewardSource):
@@ -100,13 +42,17 @@ class RuleReward(RewardSource):
         return score_tensor(scores, responses, sequences.tokens.device, f"reward: {type(self).__name__}")
 
 
-class NumberReward(RuleReward):
-    """Whether the response ends in the number that its row names (see ``final_number``).
+class UnreadableGold(Exception):
+    """A row whose gold answer cannot be read; the text is the short reason it is counted under."""
+
+
+class GoldReward(RuleReward, Generic[Gold]):
+    """A source that holds each response against the gold answer of its row.
 
     Args:
-        column: of the data row: the right answer, as a number or as a text that ends in it (GSM8K's own `answer` does).
-        correct: score where the two numbers are equal.
-        wrong: score where they differ, or the response has none.
+        column: of the data row, as the file or `data.train.columns` names it.
+        correct: score of a right response.
+        wrong: score of any other.
     """
 
     def __init__(self, column: str = "answer", correct: float = 1.0, wrong: float = 0.0) -> None:
@@ -117,24 +63,179 @@ class NumberReward(RuleReward):
         self.correct = correct
         self.wrong = wrong
 
-    def judge(self, sequences: Sequences, responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
-        right = [self._answer(row, i) for i, row in enumerate(rows)]
-        given = [final_number(response) for response in responses]
-        return [self.correct if a == b else self.wrong for a, b in zip(given, right, strict=True)]
+    def gold(self, row: dict[str, Any]) -> Gold:
+        """The gold answer of a row. Raises UnreadableGold."""
+        raise NotImplementedError
 
-    def _answer(self, row: dict[str, Any], i: int) -> Decimal:
-        """The right answer of row ``i``. Raises UserError where there is none."""
+    def agree(self, responses: list[str], golds: list[Gold]) -> Sequence[bool]:
+        """Of each response, whether it is right."""
+        raise NotImplementedError
+
+    def value(self, row: dict[str, Any]) -> Any:
+        """What the row's column holds. Raises UnreadableGold where the row has none, or null."""
         if self.column not in row:
-            raise UserError(f"reward.column: row {i} has no column {self.column!r}; it has {', '.join(row) or 'none'}")
-        value = row[self.column]
+            raise UnreadableGold(f"no column {self.column!r}")
+        if row[self.column] is None:
+            raise UnreadableGold(f"null {self.column}")
+        return row[self.column]
+
+    def unreadable(self, row: dict[str, Any]) -> str | None:
+        try:
+            self.gold(row)
+        except UnreadableGold as reason:
+            return str(reason)
+        return None
+
+    def judge(self, sequences: Sequences, responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+        golds = [self._gold_or_stop(row) for row in rows]
+        return [self.correct if right else self.wrong for right in self.agree(responses, golds)]
+
+    def _gold_or_stop(self, row: dict[str, Any]) -> Gold:
+        """As ``gold``, of rows that no data module has asked ``unreadable`` about. Raises UserError."""
+        try:
+            return self.gold(row)
+        except UnreadableGold as reason:
+            held = shown(row[self.column]) if self.column in row else f"columns {', '.join(row) or 'none'}"
+            raise UserError(f"reward.column: {reason}; a row has {held}") from reason
+
+
+class NumberReward(GoldReward[Decimal]):
+    """Whether the response ends in the number that its row names (see ``final_number``).
+
+    The column holds the right answer as a number, or as a text that is plainly one at its end (``gold_number``; GSM8K's
+    own `answer` is). Other golds (``3\\sqrt{13}``, ``(3,4]``) are MathReward's.
+    """
+
+    def gold(self, row: dict[str, Any]) -> Decimal:
+        value = self.value(row)
         number = None
         if isinstance(value, str):
-            number = final_number(value)
+            number = gold_number(value)
         elif isinstance(value, int | float | Decimal) and not isinstance(value, bool):
             number = Decimal(str(value))  # as it was written, not as binary digits hold it
         if number is None or not number.is_finite():
-            raise UserError(f"reward.column: {self.column!r} of row {i} holds no number: {shown(value)}")
+            raise UnreadableGold(f"{self.column} is not plainly a number")
         return number
+
+    def agree(self, responses: list[str], golds: list[Decimal]) -> list[bool]:
+        return [final_number(response) == gold for response, gold in zip(responses, golds, strict=True)]
+
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str, case: bool, white_space: bool, punctuation: bool) -> str:
+    """A text in Unicode's composed form, without the differences that are not to count.
+
+    Args:
+        text: any text.
+        case: whether case counts.
+        white_space: whether the amount and kind of white space counts; that around the text never does.
+        punctuation: whether ASCII punctuation counts.
+    """
+    text = unicodedata.normalize("NFC", text)
+    if not case:
+        text = text.casefold()
+    if not punctuation:
+        text = text.translate(_PUNCTUATION)
+    return text.strip() if white_space else " ".join(text.split())
+
+
+def text_of(value: Any) -> str | None:
+    """A cell as the text that a response would write: numbers as they print; None of lists, tables and truth values."""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int | float | Decimal) and not isinstance(value, bool) else None
+
+
+class ExactMatch(GoldReward[list[str]]):
+    """Whether the response is the row's answer, and nothing else.
+
+    Args:
+        column: of the data row: a text or a number, or a list of them any of which is right.
+        case: whether case counts.
+        white_space: whether the amount of white space counts; that at either end never does.
+        punctuation: whether ASCII punctuation counts.
+        correct: score of a right response.
+        wrong: score of any other.
+    """
+
+    def __init__(
+        self,
+        column: str = "answer",
+        case: bool = True,
+        white_space: bool = False,
+        punctuation: bool = True,
+        correct: float = 1.0,
+        wrong: float = 0.0,
+    ) -> None:
+        super().__init__(column, correct, wrong)
+        self.case = case
+        self.white_space = white_space
+        self.punctuation = punctuation
+
+    def gold(self, row: dict[str, Any]) -> list[str]:
+        value = self.value(row)
+        golds = [text_of(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        found = [self._normalised(gold) for gold in golds if gold is not None]
+        if not found or len(found) < len(golds):
+            raise UnreadableGold(f"{self.column} is no text")
+        if not all(found):
+            raise UnreadableGold(f"nothing to match in {self.column}")
+        return found
+
+    def agree(self, responses: list[str], golds: list[list[str]]) -> list[bool]:
+        return [self._normalised(response) in gold for response, gold in zip(responses, golds, strict=True)]
+
+    def _normalised(self, text: str) -> str:
+        return normalised(text, self.case, self.white_space, self.punctuation)
+
+
+class ContainsAll(GoldReward[list[str]]):
+    """Whether the response contains every one of several strings.
+
+    Args:
+        strings: what every response has to contain; null takes the row's column.
+        column: of the data row, where ``strings`` is null: a string, or a list of them.
+        case: whether case counts.
+        correct: score where all are there.
+        wrong: score where one is not.
+
+    Raises:
+        UserError: ``strings`` is empty, or has an empty one.
+    """
+
+    def __init__(
+        self,
+        strings: list[str] | None = None,
+        column: str = "answer",
+        case: bool = True,
+        correct: float = 1.0,
+        wrong: float = 0.0,
+    ) -> None:
+        super().__init__(column, correct, wrong)
+        if strings is not None and not all(strings or [""]):
+            raise UserError("reward.strings: name at least one string, none of them empty; null takes the row's column")
+        self.strings = strings
+        self.case = case
+
+    def gold(self, row: dict[str, Any]) -> list[str]:
+        if self.strings is not None:
+            return [self._folded(text) for text in self.strings]
+        value = self.value(row)
+        texts = [text_of(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        found = [self._folded(text) for text in texts if text]
+        if not found or len(found) < len(texts):
+            raise UnreadableGold(f"{self.column} is no list of strings")
+        return found
+
+    def agree(self, responses: list[str], golds: list[list[str]]) -> list[bool]:
+        texts = [self._folded(response) for response in responses]
+        return [all(part in text for part in gold) for text, gold in zip(texts, golds, strict=True)]
+
+    def _folded(self, text: str) -> str:
+        text = unicodedata.normalize("NFC", text)
+        return text if self.case else text.casefold()
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -146,7 +247,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     raise UserError(f"reward.pattern: {pattern!r} is no regular expression: {problem}")
 
 
-class PatternReward(RuleReward):
+class RegexReward(RuleReward):
     """Whether a regular expression (Python's `re`) is found in the response.
 
     Args:

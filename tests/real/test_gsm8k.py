@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.rollout.verifiable import NumberReward, final_number
+from rlhf_lit.rollout.final_number import final_number, gold_number
+from rlhf_lit.rollout.verifiable import NumberReward
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 
@@ -50,6 +51,7 @@ def test_every_gold_solution_is_right_and_another_questions_is_not(real_data: Pa
 
     golds = [Decimal(solution.rpartition("#### ")[2].replace(",", "")) for solution in solutions]
     assert [final_number(solution) for solution in solutions] == golds
+    assert [gold_number(solution) for solution in solutions] == golds
 
     shifted, others = solutions[1:] + solutions[:1], golds[1:] + golds[:1]
     assert judged("answer", shifted, rows) == [a == b for a, b in zip(others, golds, strict=True)]

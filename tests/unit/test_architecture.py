@@ -23,7 +23,7 @@ BELOW_ROLLOUT = {*BATCHES, "models", "training", "parallel", "playground", "refe
 BELOW_TOOLS = {*BELOW_ROLLOUT, "rollout", "data", "algorithms"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
-    "files": (set(), set()),
+    "files": ({"errors"}, {"yaml"}),
     "randomness": (set(), {"torch", "numpy"}),
     "runs": (GROUND, set()),
     "losses": (set(), {"torch"}),
@@ -38,7 +38,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {*GROUND, "batches", "models"},
         {"torch", "numpy", "peft", "pyarrow", "xxhash", "filelock", "rich"},
     ),
-    "rollout": ({*BATCHES, "models", SHARDING}, MODELS | {"vllm"}),
+    "rollout": (
+        {*BATCHES, "models", SHARDING},
+        MODELS | {"vllm", "math_verify", "if_verifiable", "langdetect", "nltk", "pysbd", "reasoning_gym"},
+    ),
     "data": (
         {*GROUND, "runs", "batches", "playground", "rollout.loop"},
         {
@@ -52,6 +55,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "jinja2",
             "rich",
             "xxhash",
+            "reasoning_gym",
         },
     ),
     "algorithms": (BELOW_TOOLS - {"data"}, MODELS | {"lightning", "torchmetrics"}),

@@ -22,6 +22,7 @@ from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.batches import PromptBatch, Sequences
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule, TextDataModule
 from rlhf_lit.data.records import Source
+from rlhf_lit.data.store import JoinedRows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss
@@ -144,9 +145,10 @@ def caught(every: dict[str, Check], verdict: str = "failed") -> set[str]:
 
 # --- sound runs ------------------------------------------------------------------------------------------------------
 
-TOKENS = ["trainable parameters", "one BOS", "supervised tokens", "EOS supervised", "padding"]
+TOKENS = ["trainable parameters", "text kept", "one BOS", "supervised tokens", "EOS supervised", "padding"]
 ROLLOUT = [
     "trainable parameters",
+    "text kept",
     "one BOS",
     "padding",
     "KL = 0",
@@ -267,8 +269,8 @@ BOS_EACH_TURN = (
 class TwiceBOS(SFTDataModule):
     """What gluing a tokenizer's BOS to a template's does."""
 
-    def encode(self, record: Any) -> dict[str, Any] | str:
-        row = super().encode(record)
+    def row(self, record: Any, encoded: Any) -> dict[str, Any] | str:
+        row = super().row(record, encoded)
         assert isinstance(row, dict)
         bos = self.chat.tokenizer.bos_token_id
         return {**row, "tokens": [bos, *row["tokens"]], "mask": [False, *row["mask"]]}
@@ -277,8 +279,8 @@ class TwiceBOS(SFTDataModule):
 class Unclosed(SFTDataModule):
     """The mask that asking for pad ids makes where the pad token is EOS."""
 
-    def encode(self, record: Any) -> dict[str, Any] | str:
-        row = super().encode(record)
+    def row(self, record: Any, encoded: Any) -> dict[str, Any] | str:
+        row = super().row(record, encoded)
         assert isinstance(row, dict)
         kept = [mask and token != self.chat.tokenizer.eos_token_id for token, mask in zip(row["tokens"], row["mask"])]  # noqa: B905
         return {**row, "mask": kept}
@@ -287,8 +289,8 @@ class Unclosed(SFTDataModule):
 class Unsupervised(SFTDataModule):
     """A template whose answers were not found, in one row."""
 
-    def encode(self, record: Any) -> dict[str, Any] | str:
-        row = super().encode(record)
+    def row(self, record: Any, encoded: Any) -> dict[str, Any] | str:
+        row = super().row(record, encoded)
         assert isinstance(row, dict)
         return {**row, "mask": [False] * len(row["mask"])} if record.row == 7 else row
 
@@ -626,11 +628,11 @@ def fit(module: Algorithm, data: TextDataModule | None, folder: Path, loader: An
 def test_the_table_of_a_sound_run(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(*dpo(place, ADAPTER), tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line, name in zip(lines, EXPECTED[dpo], strict=False):
         assert line.startswith(f"ok  {name}  "), line
         assert line == line.rstrip()
-    assert lines[-1].startswith("preflight: 8 checks passed in ")
+    assert lines[-1].startswith("preflight: 9 checks passed in ")
 
 
 def test_a_failed_check_stops_the_run_before_its_first_batch(
@@ -710,7 +712,7 @@ def test_ranks_look_at_rows_of_their_own(place: Place) -> None:
     """Row 7 alone has nothing to learn; each of two ranks sees every second row, until they come round."""
     module, data = ready(SFT(Base(place.model)), Unsupervised(IN_WORLD, **SETTINGS))
     place_of_7 = [row["row"] for row in data.examples["train"]].index(7)
-    data.examples["train"] = data.examples["train"] * 4  # 160 rows, 64 of which a rank looks at
+    data.examples["train"] = JoinedRows([data.examples["train"]] * 4)  # 160 rows, 64 of which a rank looks at
     seven = [i for i in range(160) if i % 40 == place_of_7]
     for rank in (0, 1):
         looked_at = range(rank, 128, 2)

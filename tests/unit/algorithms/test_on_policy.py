@@ -151,7 +151,7 @@ def test_the_moments_travel_in_the_checkpoint(llama: str) -> None:
 def test_a_model_whose_scores_are_no_numbers_ends_the_run(llama: str, bad: float) -> None:
     """Functions are checked as they answer; a model's NaN would stay in the running moments for good."""
     module = moved(RLOO, llama, reward=Broken(bad))
-    with pytest.raises(UserError, match=rf"reward: row 2, the response '.*', has the score {bad}"):
+    with pytest.raises(UserError, match=rf"reward: the response '.*' to '.*' has the score {bad}"):
         module.rollout(groups(), 0)
     assert module.score_moments.count == 0
 

@@ -12,8 +12,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlhf_lit.batches import UnpairedBatch
-from rlhf_lit.data.modules import PreferenceDataModule, UnpairedDataModule, mismatched
+from rlhf_lit.data.mismatch import MismatchedRows
+from rlhf_lit.data.modules import PreferenceDataModule, UnpairedDataModule
 from rlhf_lit.data.records import Message, Source, judged, preferences, read_rows
+from rlhf_lit.data.store import ArrowRows, record_batch, schema_of
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.loading import PLAYGROUND
 
@@ -36,6 +38,16 @@ def read(*rows: Any, **options: Any) -> tuple[list[Any], Any]:
         ("False", False),
         (" 1 ", True),
         ("0", False),
+        (1.0, True),
+        (-1, False),
+        ("1.0", True),
+        ("0.0", False),
+        ("yes", True),
+        ("No", False),
+        ("desirable", True),
+        ("undesirable", False),
+        ("good", True),
+        ("bad", False),
     ],
 )
 def test_labels_as_files_have_them(label: Any, desirable: bool) -> None:
@@ -47,7 +59,7 @@ def test_labels_as_files_have_them(label: Any, desirable: bool) -> None:
 
 @pytest.mark.parametrize(
     ("label", "reason"),
-    [(None, "null label"), ("good", "non-boolean label"), (2, "non-boolean label"), ([], "non-boolean label")],
+    [(None, "null label"), ("maybe", "non-boolean label"), (2, "non-boolean label"), ([], "non-boolean label")],
 )
 def test_other_labels_are_counted(label: Any, reason: str) -> None:
     found, report = read(GOOD, {**GOOD, "label": label})
@@ -106,7 +118,13 @@ def test_a_peers_own_file() -> None:
 
 
 def row(prompt: list[int], answer: list[int]) -> dict[str, Any]:
-    return {"tokens": prompt + answer, "mask": [False] * len(prompt) + [True] * len(answer)}
+    mask = [False] * len(prompt) + [True] * len(answer)
+    return {"tokens": prompt + answer, "mask": mask, "row": 0, "source": {}}
+
+
+def mismatched(rows: list[dict[str, Any]], max_length: int) -> MismatchedRows:
+    schema = schema_of({"tokens": "tokens", "mask": "mask"})
+    return MismatchedRows(ArrowRows([record_batch(rows, schema)]), max_length)
 
 
 def test_the_next_row_with_another_prompt_that_fits() -> None:

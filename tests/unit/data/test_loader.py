@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_lit.batches import ExperienceBatch, PromptBatch, Sequences, SupervisedBatch
 from rlhf_lit.data.loader import BatchLoader
+from rlhf_lit.data.mixture import shuffled
 from rlhf_lit.errors import UserError
 from rlhf_lit.rollout.loop import RolloutLoader
 
@@ -32,7 +33,7 @@ def numbered(rows: list[int]) -> SupervisedBatch:
 
 
 def loader(size: int = 23, batch_size: int = 4, shuffle: bool = True, rank: int = 0, world: int = 1) -> BatchLoader:
-    return BatchLoader(list(range(size)), batch_size, numbered, shuffle, rank, world)
+    return BatchLoader(list(range(size)), batch_size, numbered, shuffled(size) if shuffle else None, rank, world)
 
 
 def rows_of(batch: Any) -> list[int]:
@@ -472,7 +473,7 @@ def test_a_limit_on_the_batches_passes_over_no_row_in_training_and_keeps_to_the_
     def four(loader: BatchLoader) -> list[Any]:
         return list(islice(loader, 4))
 
-    training, evaluation = (BatchLoader(range(10), 2, collate, shuffle=shuffle) for shuffle in (True, False))
+    training, evaluation = (BatchLoader(range(10), 2, collate, order) for order in (shuffled(10), None))
     seen = [batch for _ in range(5) for batch in four(training)]
     assert [len(batch) for batch in seen] == [2] * 20, "no epoch is cut short by the end of the rows"
     for epoch in range(4):

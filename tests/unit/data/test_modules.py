@@ -72,11 +72,11 @@ def test_sft_batches_hold_the_rows_tokens(file) -> None:
 
 
 def test_preference_batches_hold_both_sides(file) -> None:
-    pairs = [{**pair, "score_chosen": 3.0, "score_rejected": i} for i, pair in enumerate(PAIRS[:5])]
+    pairs = [{**pair, "score_chosen": 5.0, "score_rejected": i} for i, pair in enumerate(PAIRS[:5])]
     module = ready(PreferenceDataModule(file(pairs), batch_size=5, cache=None))
     (batch,) = module.batches_in_order(5)
     assert isinstance(batch, PreferenceBatch)
-    assert batch.margin.tolist() == [3.0, 2.0, 1.0, 0.0, -1.0]
+    assert batch.margin.tolist() == [5.0, 4.0, 3.0, 2.0, 1.0]
     own = tokenizer()
     for side, texts in ((batch.chosen, "chosen"), (batch.rejected, "rejected")):
         found = [
@@ -153,9 +153,9 @@ class Counting(SFTDataModule):
 
     encoded = 0
 
-    def encode(self, record: Any) -> Any:
+    def row(self, record: Any, encoded: Any) -> Any:
         self.encoded += 1
-        return super().encode(record)
+        return super().row(record, encoded)
 
 
 def test_tokens_are_found_again_by_content(file, tmp_path) -> None:
@@ -168,12 +168,15 @@ def test_tokens_are_found_again_by_content(file, tmp_path) -> None:
     assert first.encoded == 20
     same = again(file(ROWS))
     assert same.encoded == 0
-    assert same.examples == first.examples
+    assert list(same.examples["train"]) == list(first.examples["train"])
 
-    renamed = again(file([{**row, "note": i} for i, row in enumerate(ROWS)], "other.jsonl"))
-    assert renamed.encoded == 0, "the same texts under another file's name"
-    assert [row["source"]["note"] for row in renamed.examples["train"]] == list(range(20)), "with their own rows"
-    assert [row["tokens"] for row in renamed.examples["train"]] == [row["tokens"] for row in first.examples["train"]]
+    renamed = again(file(ROWS, "other.jsonl"))
+    assert renamed.encoded == 0, "the same content under another file's name"
+    assert renamed.reports["train"].file == "other.jsonl"
+    noted = again(file([{**row, "note": i} for i, row in enumerate(ROWS)]))
+    assert noted.encoded == 20
+    assert [row["source"]["note"] for row in noted.examples["train"]] == list(range(20)), "with their own rows"
+    assert [row["tokens"] for row in noted.examples["train"]] == [row["tokens"] for row in first.examples["train"]]
 
     assert again(file([*ROWS[:-1], {**ROWS[-1], "completion": "changed"}])).encoded == 20, "the name, another content"
     assert again(file(ROWS[::-1])).encoded == 20
@@ -214,11 +217,11 @@ def test_validate_holds_out_the_rows_that_fit_held_out(file) -> None:
     options: dict[str, Any] = {"validation_fraction": 0.25, "cache": None}
     fitted = ready(SFTDataModule(file(ROWS), **options))
     validated = ready(SFTDataModule(file(ROWS), **options), "validate")
-    assert validated.examples["validation"] == fitted.examples["validation"]
+    assert list(validated.examples["validation"]) == list(fitted.examples["validation"])
 
 
 def test_a_file_of_its_own(file) -> None:
-    module = ready(SFTDataModule(file(ROWS), file(ROWS[:3], "held_out.jsonl"), cache=None))
+    module = ready(SFTDataModule(file(ROWS), validation=file(ROWS[:3], "held_out.jsonl"), cache=None))
     assert [len(module.examples[name]) for name in ("train", "validation")] == [20, 3]
     ready(module, "predict")
     assert len(module.examples["predict"]) == 3, "the validation rows, where nothing else is named"
@@ -350,7 +353,7 @@ def test_a_cache_leaves_the_random_state_alone(file, tmp_path: Path) -> None:
 
 def test_the_worlds_demonstrations_do_not_pass_for_held_out_ones() -> None:
     with pytest.raises(UserError, match=r"demonstrations in the split train alone, not 'held_out'"):
-        ready(SFTDataModule(Source("playground"), Source("playground", split="held_out"), cache=None))
+        ready(SFTDataModule(Source("playground"), validation=Source("playground", split="held_out"), cache=None))
 
 
 def test_rows_without_a_prompt_are_not_answered(file) -> None:

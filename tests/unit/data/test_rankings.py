@@ -60,7 +60,7 @@ def texts(ranking: Ranking) -> list[str]:
                 {"response": "a", "overall_score": 3}, {"response": "b", "overall_score": "7.5"}]},
             "ab", (1, 0), (3, 7.5),
         ),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": -0.5}, "ab", (0, 1), (-0.5, 0)),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5}, "ab", (0, 1), (0.5, 0)),
         (
             {"messages": [{"role": "user", "content": "p"}], "ranks": [2, 1],
              "answers": [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]]},

@@ -96,7 +96,7 @@ def test_the_complaint_about_a_score_names_its_row_on_one_short_line() -> None:
     with pytest.raises(UserError) as caught:
         score(given([0.5, float("nan")]), responses=("first", f"second\n{LONG}"))
     message = str(caught.value)
-    assert "for row 1, the response 'second\\nword" in message
+    assert "for the response 'second\\nword" in message
     assert "\n" not in message
     assert len(message) < 300
 
@@ -110,7 +110,7 @@ def test_a_function_that_raises_on_a_row() -> None:
     line = judge.__code__.co_firstlineno + 1
     assert str(caught.value) == (
         "reward.function: test_a_function_that_raises_on_a_row.<locals>.judge raised KeyError: 'k' "
-        f"(test_rewards.py, line {line}); the first row it fails on is row 1, the response 'b'"
+        f"(test_rewards.py, line {line}); the first response it fails on is 'b' to 'q'"
     )
     assert isinstance(caught.value.__cause__, KeyError)
 

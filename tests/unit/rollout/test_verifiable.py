@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from jsonargparse import ArgumentParser
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.rollout import verifiable
+from rlhf_lit.rollout.final_number import final_number
 from rlhf_lit.rollout.rewards import RewardSource
-from rlhf_lit.rollout.verifiable import LengthReward, NumberReward, PatternReward, final_number
+from rlhf_lit.rollout.verifiable import ContainsAll, ExactMatch, LengthReward, NumberReward, RegexReward
 
 # --- the final number ------------------------------------------------------------------------------------------------
 
@@ -64,6 +67,7 @@ MARKED = [
     ("#### 1\nno, wait: 9\n#### 2", "2"),
     ("#### $1,080.00 a year", "1080"),
     ("#### 3 (that is 3.0)", "3"),
+    (r"\boxed{\frac{10}{2}}", "5"),
     (r"so \boxed{72}. Check: 9", "72"),
     (r"\boxed{1} or rather \boxed{2}", "2"),
     (r"\boxed{1{,}080}", "1080"),
@@ -90,6 +94,7 @@ NONE = [
     "#### 12 or 13",
     "#### 1 1/2",
     r"\boxed{1, 2}",
+    r"\boxed{5\frac{1}{2}}",
     r"72 \boxed{}",
     r"\boxed{a}, so 5",
     "1/0",
@@ -167,21 +172,24 @@ def test_each_response_is_held_against_its_own_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "reason", "line"),
     [
-        ({"question": "q", "solution": "5"}, r"row 1 has no column 'answer'; it has question, solution"),
-        ({}, r"row 1 has no column 'answer'; it has none"),
-        ({"answer": "none"}, r"'answer' of row 1 holds no number: 'none'"),
-        ({"answer": None}, r"'answer' of row 1 holds no number: None"),
-        ({"answer": True}, r"'answer' of row 1 holds no number: True"),
-        ({"answer": float("nan")}, r"'answer' of row 1 holds no number: nan"),
-        ({"answer": Decimal("inf")}, r"'answer' of row 1 holds no number: Decimal\('Infinity'\)"),
-        ({"answer": [5]}, r"'answer' of row 1 holds no number: \[5\]"),
-        ({"answer": "#### 5 or 6"}, r"'answer' of row 1 holds no number"),
+        ({"question": "q", "solution": "5"}, "no column 'answer'", "; a row has columns question, solution"),
+        ({}, "no column 'answer'", "; a row has columns none"),
+        ({"answer": None}, "null answer", "; a row has None"),
+        ({"answer": "none"}, "answer is not plainly a number", "; a row has 'none'"),
+        ({"answer": True}, "answer is not plainly a number", "; a row has True"),
+        ({"answer": float("nan")}, "answer is not plainly a number", "; a row has nan"),
+        ({"answer": Decimal("inf")}, "answer is not plainly a number", r"; a row has Decimal\('Infinity'\)"),
+        ({"answer": [5]}, "answer is not plainly a number", r"; a row has \[5\]"),
+        ({"answer": "#### 5 or 6"}, "answer is not plainly a number", "; a row has '#### 5 or 6'"),
     ],
 )
-def test_a_row_without_a_number(row: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=rf"^reward\.column: {message}"):
+def test_a_row_without_a_number(row: dict[str, Any], reason: str, line: str) -> None:
+    """The reason rows are counted under before the first step, and the line that ends a run which did not ask."""
+    assert NumberReward().unreadable(row) == reason
+    assert NumberReward().all_unreadable([{"answer": 5}, row]) == [None, reason]
+    with pytest.raises(UserError, match=rf"^reward\.column: {re.escape(reason)}{line}$"):
         score(NumberReward(), ["5", "5"], [{"answer": 5}, row])
 
 
@@ -190,15 +198,67 @@ def test_a_row_without_a_number(row: dict[str, Any], message: str) -> None:
 
 def test_a_pattern_is_found_anywhere_or_describes_the_whole() -> None:
     responses = ["yes", "oh yes", "yes!", "no", "Yes"]
-    assert score(PatternReward("yes"), responses) == [1.0, 1.0, 1.0, 0.0, 0.0]
-    assert score(PatternReward("yes", whole=True), responses) == [1.0, 0.0, 0.0, 0.0, 0.0]
-    assert score(PatternReward("(?i)yes", matched=0.5, unmatched=-2.0), responses) == [0.5, 0.5, 0.5, -2.0, 0.5]
+    assert score(RegexReward("yes"), responses) == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert score(RegexReward("yes", whole=True), responses) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert score(RegexReward("(?i)yes", matched=0.5, unmatched=-2.0), responses) == [0.5, 0.5, 0.5, -2.0, 0.5]
 
 
 def test_a_pattern_over_several_lines() -> None:
     responses = ["<think>\na\n</think> 5", "<think>a</think> 5"]
-    assert score(PatternReward("<think>.*</think> [0-9]", whole=True), responses) == [0.0, 1.0]
-    assert score(PatternReward("(?s)<think>.*</think> [0-9]", whole=True), responses) == [1.0, 1.0]
+    assert score(RegexReward("<think>.*</think> [0-9]", whole=True), responses) == [0.0, 1.0]
+    assert score(RegexReward("(?s)<think>.*</think> [0-9]", whole=True), responses) == [1.0, 1.0]
+
+
+# --- exact texts -----------------------------------------------------------------------------------------------------
+
+
+def test_an_exact_match_knows_what_counts() -> None:
+    responses = ["New York", " New York\n", "New  York", "new york", "New York.", "in New York", "New\nYork"]
+    rows = [{"answer": "New York"}] * len(responses)
+    assert score(ExactMatch(), responses, rows) == [1, 1, 1, 0, 0, 0, 1]
+    assert score(ExactMatch(white_space=True), responses, rows) == [1, 1, 0, 0, 0, 0, 0]
+    assert score(ExactMatch(case=False), responses, rows) == [1, 1, 1, 1, 0, 0, 1]
+    assert score(ExactMatch(punctuation=False, wrong=-1.0), responses, rows) == [1, 1, 1, -1, 1, -1, 1]
+
+
+def test_any_of_a_rows_answers_matches_exactly_and_composed_letters_are_alike() -> None:
+    rows = [{"answer": ["caf\u00e9", 5]}, {"answer": ["caf\u00e9", 5]}, {"answer": 5.5}]
+    assert score(ExactMatch(), ["cafe\u0301", "5", "5.5"], rows) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (None, "null answer"),
+        ([], "answer is no text"),
+        (["a", None], "answer is no text"),
+        ({"a": 1}, "answer is no text"),
+        (True, "answer is no text"),
+        ("  ", "nothing to match in answer"),
+    ],
+)
+def test_an_answer_that_nothing_matches(answer: Any, reason: str) -> None:
+    assert ExactMatch().unreadable({"answer": answer}) == reason
+
+
+def test_all_strings_have_to_be_there() -> None:
+    responses = ["red and blue", "blue", "Red, blue", ""]
+    assert score(ContainsAll(["red", "blue"]), responses) == [1, 0, 0, 0]
+    assert score(ContainsAll(["red", "blue"], case=False, correct=0.5, wrong=-0.5), responses) == [0.5, -0.5, 0.5, -0.5]
+    rows = [{"words": ["red", "blue"]}, {"words": "blue"}, {"words": ["Red"]}, {"words": ["x"]}]
+    assert score(ContainsAll(column="words"), responses, rows) == [1, 1, 1, 0]
+
+
+def test_strings_of_a_row_that_cannot_be_looked_for() -> None:
+    source = ContainsAll(column="words")
+    rows = [{"words": []}, {"words": [""]}, {"words": ["a", None]}, {"words": None}, {}, {"words": ["a", 5]}]
+    assert source.all_unreadable(rows) == [
+        *["words is no list of strings"] * 3,
+        "null words",
+        "no column 'words'",
+        None,
+    ]
+    assert ContainsAll(["a"]).unreadable({}) is None
 
 
 # --- a length --------------------------------------------------------------------------------------------------------
@@ -226,9 +286,12 @@ def test_characters_are_those_of_the_text() -> None:
     [
         ("NumberReward", {"correct": float("nan")}, r"reward\.correct must be a finite number, not nan"),
         ("NumberReward", {"wrong": float("-inf")}, r"reward\.wrong must be a finite number, not -inf"),
-        ("PatternReward", {"pattern": "("}, r"reward\.pattern: '\(' is no regular expression: missing \)"),
-        ("PatternReward", {"pattern": "a", "matched": float("inf")}, r"reward\.matched must be a finite"),
-        ("PatternReward", {"pattern": "a", "unmatched": float("inf")}, r"reward\.unmatched must be a finite"),
+        ("RegexReward", {"pattern": "("}, r"reward\.pattern: '\(' is no regular expression: missing \)"),
+        ("RegexReward", {"pattern": "a", "matched": float("inf")}, r"reward\.matched must be a finite"),
+        ("RegexReward", {"pattern": "a", "unmatched": float("inf")}, r"reward\.unmatched must be a finite"),
+        ("ExactMatch", {"correct": float("nan")}, r"reward\.correct must be a finite number, not nan"),
+        ("ContainsAll", {"strings": []}, r"reward\.strings: name at least one string"),
+        ("ContainsAll", {"strings": ["a", ""]}, r"reward\.strings: name at least one string, none of them empty"),
         ("LengthReward", {"target": -1}, r"reward\.target must be at least 0, not -1"),
         ("LengthReward", {"target": 1, "per_unit": 0.0}, r"reward\.per_unit must be greater than 0, not 0"),
         ("LengthReward", {"target": 1, "per_unit": float("nan")}, r"reward\.per_unit must be greater than 0, not nan"),
@@ -236,7 +299,7 @@ def test_characters_are_those_of_the_text() -> None:
     ],
 )
 def test_settings_that_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
-    source = {"NumberReward": NumberReward, "PatternReward": PatternReward, "LengthReward": LengthReward}[name]
+    source = getattr(verifiable, name)
     with pytest.raises(UserError, match=message) as caught:
         source(**settings)
     # The command line shows a constructor's complaint as one line only where no other exception stands behind it.
@@ -248,7 +311,12 @@ def test_settings_that_are_refused(name: str, settings: dict[str, Any], message:
     ("name", "settings"),
     [
         ("NumberReward", {"column": "gold", "correct": 2.0, "wrong": -1.0}),
-        ("PatternReward", {"pattern": "a|b", "matched": 2.0, "unmatched": -1.0, "whole": True}),
+        ("ExactMatch", {"column": "gold", "case": False, "white_space": True, "punctuation": False, "wrong": -1.0}),
+        ("ContainsAll", {"strings": ["a", "b"], "case": False, "correct": 2.0}),
+        ("ChoiceReward", {"column": "answerKey", "options": "choices", "letters": "ABCD", "correct": 2.0}),
+        ("MathReward", {"column": "gold", "correct": 2.0, "wrong": -1.0}),
+        ("InstructionReward", {"column": "ids", "arguments": "args", "scoring": "loose", "credit": "all"}),
+        ("RegexReward", {"pattern": "a|b", "matched": 2.0, "unmatched": -1.0, "whole": True}),
         ("LengthReward", {"target": 5, "unit": "characters", "per_unit": 0.5, "penalise": "excess"}),
     ],
 )
@@ -258,6 +326,6 @@ def test_a_config_names_them_by_their_class_alone(name: str, settings: dict[str,
     reward = parser.instantiate(parser.parse_object({"reward": {"class_path": name, "init_args": settings}})).reward
     assert type(reward).__name__ == name
     found = {field: getattr(reward, field) for field in settings}
-    if name == "PatternReward":
+    if name == "RegexReward":
         found["pattern"] = found["pattern"].pattern
     assert found == settings

@@ -12,6 +12,7 @@ from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import PromptBatch
 from rlhf_lit.data import loader
 from rlhf_lit.data.loader import BatchLoader
+from rlhf_lit.data.mixture import shuffled
 from rlhf_lit.rollout import loop
 from rlhf_lit.rollout.loop import RolloutLoader
 from rlhf_lit.trainer import timing
@@ -57,7 +58,7 @@ def steps(loader: Any, clock: Clock, update: float, between: float, module: Any 
 
 
 def test_phases_of_steps_on_a_file(clock: Clock) -> None:
-    loader = BatchLoader([1, 2, 3, 4], 2, lambda rows: clock.takes(0.5, rows), shuffle=True)
+    loader = BatchLoader([1, 2, 3, 4], 2, lambda rows: clock.takes(0.5, rows), shuffled(4))
     first, second = steps(loader, clock, update=2.0, between=0.25)
     assert first == {"time/data": 0.5, "time/update": 2.0, "time/other": 0.0}
     assert second == {"time/data": 0.5, "time/update": 2.0, "time/other": 0.25}

@@ -1,0 +1,227 @@
+"""Tokenised rows in an Arrow file that is memory-mapped: no row is held in memory, and a second start reads none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+Kind = Literal["tokens", "mask", "token lists", "masks", "ranks", "numbers", "number", "flag", "text"]
+"""Of a column: tokens and mask of one sequence, those of several; integers, floats, one float, one bool; text."""
+
+Columns = Mapping[str, Kind]
+
+TYPES: dict[Kind, pa.DataType] = {
+    "tokens": pa.list_(pa.int32()),
+    "mask": pa.list_(pa.bool_()),
+    "token lists": pa.list_(pa.list_(pa.int32())),
+    "masks": pa.list_(pa.list_(pa.bool_())),
+    "ranks": pa.list_(pa.int32()),
+    "numbers": pa.list_(pa.float64()),
+    "number": pa.float64(),
+    "flag": pa.bool_(),
+    "text": pa.string(),
+}
+# What every row has besides: its number in the data file, and the row as the file has it.
+OWN = {"row": pa.int64(), "source": pa.string()}
+_SUMMARY = b"summary"
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
+def schema_of(columns: Columns) -> pa.Schema:
+    """The Arrow schema of rows with these columns."""
+    return pa.schema([*((name, TYPES[kind]) for name, kind in columns.items()), *OWN.items()])
+
+
+def record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Rows as Arrow has them; a ``source`` becomes JSON, in which a date, say, is text."""
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array(
+                [_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type
+            )
+            for field in schema
+        ],
+        schema=schema,
+    )
+
+
+def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: Callable[[], object]) -> None:
+    """Write a store.
+
+    Args:
+        path: the file to be.
+        schema: of all batches.
+        batches: the rows.
+        summary: asked once they are all written: what is to be known of them, as JSON has it.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+        # The file's last word, so that it tells of all rows.
+        empty = pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+        writer.write_batch(empty, {_SUMMARY: json.dumps(summary())})
+
+
+class StoredRow(Mapping[str, Any]):
+    """One row, whose columns are read when they are asked for: tokens as lists of int, masks of bool."""
+
+    __slots__ = ("_batch", "_place")
+
+    def __init__(self, batch: pa.RecordBatch, place: int) -> None:
+        self._batch = batch
+        self._place = place
+
+    def __getitem__(self, name: str) -> Any:
+        index = self._batch.schema.get_field_index(name)
+        if index < 0:
+            raise KeyError(name)
+        value = self._batch.column(index)[self._place]
+        if name == "source":
+            return json.loads(value.as_py())
+        if pa.types.is_list(value.type) and not pa.types.is_list(value.type.value_type):
+            # as_py() makes an object of Arrow's of every token first.
+            return value.values.to_numpy(zero_copy_only=False).tolist() if value.is_valid else None
+        return value.as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch.schema.names)
+
+    def __len__(self) -> int:
+        return len(self._batch.schema.names)
+
+
+class Rows(Sequence[Mapping[str, Any]]):
+    """Rows of which some can be chosen without reading them."""
+
+    def select(self, places: np.ndarray) -> Rows:
+        """The rows at the given places, in the given order."""
+        return ChosenRows(self, np.asarray(places, dtype=np.int64))
+
+    def row(self, place: int) -> Mapping[str, Any]:
+        """The row at ``place`` ≥ 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, place: slice) -> Rows: ...
+    def __getitem__(self, place: int | slice) -> Mapping[str, Any] | Rows:
+        if isinstance(place, slice):
+            return self.select(np.arange(len(self))[place])
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self.row(place % len(self))
+
+
+class ArrowRows(Rows):
+    """Rows in Arrow's own form.
+
+    Args:
+        batches: one after the other.
+    """
+
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        self.batches = batches
+        self._ends = np.cumsum([batch.num_rows for batch in batches])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def row(self, place: int) -> StoredRow:
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        batch = self.batches[number]
+        return StoredRow(batch, place - int(self._ends[number]) + batch.num_rows)
+
+
+class StoredRows(ArrowRows):
+    """All rows of a store, memory-mapped.
+
+    A copy in another process maps the file again: a pickle holds its path alone.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        summary: what its writer said of the rows.
+
+    Raises:
+        OSError, pa.ArrowInvalid: it is no whole store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        _, notes = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+        if notes is None or _SUMMARY not in notes:
+            raise pa.ArrowInvalid(f"{path} has no summary")
+        self.summary: dict[str, Any] = json.loads(notes[_SUMMARY])
+        super().__init__([reader.get_batch(i) for i in range(reader.num_record_batches)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredRows, (self.path,)
+
+
+class ChosenRows(Rows):
+    """Rows at some places of others.
+
+    Args:
+        rows: those it chooses from.
+        places: [chosen] int64, which ones.
+    """
+
+    def __init__(self, rows: Rows, places: np.ndarray) -> None:
+        self.rows = rows
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def row(self, place: int) -> Mapping[str, Any]:
+        return self.rows.row(int(self.places[place]))
+
+    def select(self, places: np.ndarray) -> Rows:
+        return ChosenRows(self.rows, self.places[places])
+
+
+class JoinedRows(Rows):
+    """The rows of several, one after the other."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self.parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def row(self, place: int) -> Mapping[str, Any]:
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        return self.parts[number].row(place - int(self._ends[number]) + len(self.parts[number]))
+
+
+def opened(path: Path) -> StoredRows | None:
+    """The rows of a store; None where there is none, or no whole one."""
+    with suppress(OSError, ValueError, pa.ArrowException):
+        return StoredRows(path)
+    return None
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts."""
+    return parts[0] if len(parts) == 1 else JoinedRows(parts)
+
+
+def held_out(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
+    """The rows that are left, and the fraction that is held out: the same ones whatever the run's seed, so that arms of
+    a sweep are compared on the same rows."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    count = max(1, round(fraction * len(rows)))
+    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
