@@ -160,8 +160,7 @@ class ChatFormat:
         Raises:
             UserError: the tokenizer's template refuses a conversation.
         """
-        count = len(prompt)
-        return self._required(self.encode([Conversation([*prompt, *answer], count, first=count) for answer in answers]))
+        return self._required(self.encode(answers_to(prompt, answers)))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the prompt with what opens an answer.
