@@ -50,8 +50,8 @@ class Encoded:
             supervision starts at their common prefix, before the answer's first character.
         prompt: tokens of what stands before the final answer, with what opens an answer; none before raw text.
         text: that prompt as a reward function and a reader see it: a single turn bare, a dialogue rendered.
-        unsupervised: assistant turns that should have been supervised and are not, since they are not found in the
-            conversation's text.
+        unsupervised: assistant turns that should have been supervised and are not: they are not found in the text of
+            the conversation, or have no token there.
     """
 
     tokens: list[int]
@@ -217,7 +217,7 @@ class ChatFormat:
         surplus = self._surplus_bos(ids)
         tokens = ids[surplus:] if surplus else ids
         mask, moved, start = [False] * len(tokens), False, 0
-        empty, learned_turns = False, set()
+        without = {span.message for span in draft.spans}  # turns of which no token is learned
         for span in draft.spans:
             start, short = self._start(tokens, ids, beginnings[span.start])
             moved |= short or span.moved
@@ -229,9 +229,7 @@ class ChatFormat:
                 end = self._close(tokens, start, max(start, beginnings[span.end].agreement(ids) - surplus))
             mask[start:end] = [True] * (end - start)
             if end > start or span.message == draft.last:
-                learned_turns.add(span.message)
-            else:
-                empty = True
+                without.discard(span.message)
         if draft.last is not None:
             learned = bool(draft.spans) and draft.spans[-1].message == draft.last
             stop = self._last_eos(tokens, start if learned else 0, len(tokens))
@@ -243,10 +241,7 @@ class ChatFormat:
         if draft.prompt is not None:
             apart = alone.get(draft.prompt)
             prompt = self._without_surplus(beginnings[len(draft.prompt)].tokens(ids) if apart is None else apart)
-        unsupervised = draft.unsupervised
-        if empty:
-            unsupervised += len({span.message for span in draft.spans} - learned_turns)
-        return Encoded(tokens, mask, moved, prompt, draft.shown, unsupervised)
+        return Encoded(tokens, mask, moved, prompt, draft.shown, draft.unsupervised + len(without))
 
     def _start(self, tokens: list[int], ids: list[int], before: Beginning) -> tuple[int, bool]:
         """How many tokens an answer shares with what stands before it, and whether that is less than all of those."""

@@ -142,6 +142,7 @@ class Renderer:
         return message.content if marker else self._bos + message.content
 
     def without_bos(self, text: str) -> str:
+        """A text without the BOS it begins with, as a reader sees it."""
         return text.removeprefix(self._bos) if self._bos else text
 
 

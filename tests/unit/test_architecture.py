@@ -46,6 +46,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {*GROUND, "runs", "batches", "playground", "rollout.loop"},
         {
             "torch",
+            "filelock",
             "numpy",
             "transformers",
             "tokenizers",

@@ -138,6 +138,14 @@ def test_an_answer_that_is_not_in_the_text_is_counted() -> None:
     assert encoded.unsupervised == 1
 
 
+def test_an_empty_block_is_counted() -> None:
+    """An answer of no text, of a template that marks the text alone and closes it with another token than EOS."""
+    turns = [replace(turn, content="") if i == 2 else turn for i, turn in enumerate(DIALOGUE)]
+    encoded = ChatFormat(small(CHATML_BLOCKS, eos="<|endoftext|>")).demonstration(turns)
+    assert encoded.unsupervised == 1
+    assert ChatFormat(small(CHATML_BLOCKS)).demonstration(turns).unsupervised == 0  # its EOS is learned
+
+
 def test_a_turn_says_whether_it_is_learned() -> None:
     for template in (CHATML, CHATML_BLOCKS, LLAMA3, None):
         tokenizer = small(template, bos="<|bos|>")
