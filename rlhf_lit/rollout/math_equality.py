@@ -52,6 +52,5 @@ def _answer(response: str) -> list[Any]:
 
 def _parsed(text: str) -> list[Any]:
     kinds = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    text = text.replace(r"\%", "%")  # which the grammar for antlr 4.11 drops: 10\% would be 10
     # Without a fallback, which compares what cannot be parsed as text.
     return list(parse(text, kinds, fallback_mode="no_fallback", parsing_timeout=None))
