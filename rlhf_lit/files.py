@@ -1,4 +1,4 @@
-"""Files and folders that a kill leaves whole, and paths as one would type them."""
+"""Files and folders that a kill leaves whole, YAML that says one thing only, and paths as one would type them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import yaml
+from yaml import MappingNode, Node, ScalarNode, SequenceNode
+from yaml.constructor import ConstructorError
+
+from rlhf_lit.errors import UserError
+
+MOST_VALUES = 100_000  # that the aliases of a YAML text may stand for
 
 
 @contextmanager
@@ -83,6 +91,78 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows to a JSON Lines file."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, default=plain) + "\n" for row in rows)
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """What a YAML text holds.
+
+    Args:
+        text: the text.
+        name: what complaints begin with.
+
+    Raises:
+        UserError: no YAML, or what ``check_yaml`` refuses.
+    """
+    try:
+        check_yaml(text)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        no_yaml = "" if isinstance(error, Ambiguous) else "not YAML: "
+        raise UserError(f"{name}{line}: {no_yaml}{what}") from error
+
+
+class Ambiguous(ConstructorError):
+    """YAML by its grammar that cannot be meant: a key twice, an alias inside of what it stands for."""
+
+
+def check_yaml(text: str) -> None:
+    """Refuse what PyYAML lets pass: of two equal keys it forgets one, and aliases may have no end.
+
+    Raises:
+        YAMLError: no YAML (by PyYAML), a key that is there twice, an alias that holds itself, aliases that stand for
+            more than ``MOST_VALUES`` values, or lists nested without end.
+    """
+    try:
+        # In Python: the composer in C is ended by the operating system where lists are nested too deep.
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is not None:
+            _values(root, {}, set())
+    except RecursionError as error:
+        raise Ambiguous(None, None, "nested too deep", None) from error
+
+
+def _values(node: Node, known: dict[int, int], above: set[int]) -> int:
+    """How many values a node stands for, its aliases written out."""
+    if isinstance(node, ScalarNode):
+        return 1
+    if id(node) in above:
+        raise Ambiguous(None, None, "a value has an alias of itself inside of it", node.start_mark)
+    if id(node) not in known:
+        inner: list[Node] = []
+        if isinstance(node, MappingNode):
+            _check_keys(node)
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_values(part, known, above | {id(node)}) for part in inner)
+        if known[id(node)] > MOST_VALUES:
+            what = f"its aliases stand for more than {MOST_VALUES} values"
+            raise Ambiguous(None, None, what, node.start_mark)
+    return known[id(node)]
+
+
+def _check_keys(node: MappingNode) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if isinstance(key, ScalarNode):
+            found = (key.tag, key.value)
+            if found in lines:
+                what = f"the key '{key.value}' is there twice, first in line {lines[found] + 1}; keep one"
+                raise Ambiguous(None, None, what, key.start_mark)
+            lines[found] = key.start_mark.line
 
 
 def plain(value: Any) -> Any:

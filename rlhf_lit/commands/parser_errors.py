@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from rlhf_lit.commands.renamed import successor
 from rlhf_lit.errors import UserError
+from rlhf_lit.files import Ambiguous, check_yaml, load_yaml
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -143,24 +144,22 @@ def _readable(kind: str) -> str:
     return re.sub(r"\bNoneType\b", "null", kind)
 
 
-def read_configs(argv: list[str]) -> list[tuple[str, dict[str, Any]]]:
+def read_configs(argv: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """The files given by ``--config``, in order, as plain dictionaries.
 
     Raises:
-        UserError: a file that does not exist, is no YAML, or holds no keys.
+        UserError: a file that does not exist, is no YAML, has a key twice, or holds no keys.
     """
     files = [value for flag, value in pairwise(argv) if flag in ("--config", "-c")]
     files += [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-c="))]
     documents = []
     for name in files:
         try:
-            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+            content = load_yaml(Path(name).read_text(encoding="utf-8"), f"--config {name}")
         except OSError as error:
             raise UserError(f"--config {name}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f", line {mark.line + 1}" if mark else ""
-            raise UserError(f"--config {name}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {name}: not YAML: {error}") from error
         if not isinstance(content, dict):
             raise UserError(f"--config {name}: expected keys and values (such as 'model:'), found {_kind(content)}")
         documents.append((name, content))
@@ -181,6 +180,24 @@ def read_options(argv: list[str]) -> list[tuple[str, dict[str, Any]]]:
             inner = {part: inner}
         documents.append(("the command line", inner))
     return documents
+
+
+def refuse_ambiguous(argv: Sequence[str]) -> None:
+    """Refuse configuration files and options in which a key is there twice, or whose aliases have no end.
+
+    Raises:
+        UserError: what it is, and where; a file that cannot be read.
+    """
+    read_configs(argv)
+    for argument, following in pairwise([*argv, ""]):
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--") and flag not in ("--config", "--print_config"):
+            try:
+                check_yaml(value if equals else following)
+            except Ambiguous as error:
+                raise UserError(f"{flag}: {error.problem}") from error
+            except yaml.YAMLError:
+                pass  # a text
 
 
 def _kind(content: object) -> str:

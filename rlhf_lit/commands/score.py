@@ -18,6 +18,7 @@ from rlhf_lit.batches import Sequences
 from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.answered import Answered, Kind, Unusable, answered
 from rlhf_lit.data.chat import ChatFormat, Encoded
+from rlhf_lit.data.formats import without_compression
 from rlhf_lit.data.reports import RowReport
 from rlhf_lit.data.sources import ColumnName, Source, read_rows
 from rlhf_lit.data.truncation import Truncation, truncate_group
@@ -111,8 +112,9 @@ def score(
     file: str,
     to: str | None = None,
     columns: dict[str, ColumnName] | None = None,
-    split: str = "train",
+    split: str | None = "train",
     name: str | None = None,
+    delimiter: str | None = None,
     limit: int | None = None,
     max_length: int | None = None,
     truncation: Truncation = "keep_end",
@@ -129,8 +131,9 @@ def score(
         file: a data file of any known shape, or a hub data set.
         to: the JSON Lines file to write, `-` for standard output; null is the file's name with `.scores.jsonl`, here.
         columns: our name for a column → the file's name.
-        split: split of a hub data set.
+        split: split of a hub data set or of a folder; null is none.
         name: configuration of a hub data set.
+        delimiter: between the cells of a .csv or .tsv file; null is a comma or a tab.
         limit: read only so many of the file's first rows.
         max_length: longest prompt + answer in tokens; null is the model's context.
         truncation: what to do with a row that is longer: keep the start or the end of its prompt, or drop it.
@@ -147,7 +150,7 @@ def score(
         if value is not None and value < 1:
             raise UserError(f"--{option} must be at least 1, not {value}")
     target = _target(file, to)
-    source = Source(file, split, name, columns or {})
+    source = Source(file, split, name, columns or {}, delimiter=delimiter)
     found = answered(read_rows(source)[:limit], source)
     kind, rows = found.kind, found.rows
     base = Base(model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
@@ -181,7 +184,7 @@ def _target(file: str, to: str | None) -> Path | None:
     """Where the scores go; None is standard output."""
     if to == "-":
         return None
-    stem = Path(file).name.removesuffix(".gz")
+    stem = without_compression(Path(file).name)
     target = Path(to) if to else Path(f"{Path(stem).stem}.scores.jsonl")
     if target.is_dir():
         raise UserError(f"--to {to}: is a folder; name a file in it")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -32,10 +32,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from rlhf_lit import runs
 from rlhf_lit.algorithms.algorithm import Algorithm
-from rlhf_lit.commands.parser_errors import check_keys, condense, read_configs, read_options
+from rlhf_lit.commands.parser_errors import check_keys, condense, read_configs, read_options, refuse_ambiguous
 from rlhf_lit.commands.renamed import require_present_names
 from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.errors import UserError, say
+from rlhf_lit.files import check_yaml
 from rlhf_lit.losses.advantages import AdvantageEstimator
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import PolicyLoss
@@ -93,8 +94,23 @@ NOISE = (
 )
 
 
+_load_yaml = get_loader("yaml")
+
+
+def _load_checked(text: str) -> Any:
+    """As the parser loads YAML, but not what is ambiguous."""
+    if any(sign in text for sign in "\n{&"):
+        check_yaml(text)
+    return _load_yaml(text)
+
+
 class Parser(LightningArgumentParser):
-    """Ends in one line and status 2 where jsonargparse prints its usage and some sixty lines."""
+    """Ends in one line and status 2 where jsonargparse prints its usage and some sixty lines, and refuses YAML in which
+    a key is there twice."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        set_loader("yaml", _load_checked, (yaml.YAMLError,))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Nested parsers still raise: a union is resolved by trying its members and catching that."""
@@ -108,7 +124,12 @@ class Parser(LightningArgumentParser):
 
         It reads an option's value as YAML, and hands that of a field's field down to a nested parser as Python prints
         it: None, which is a text in YAML.
+
+        Raises:
+            UserError: a config or an option with a key that is there twice, or with aliases that have no end.
         """
+        if self.exit_on_error:
+            refuse_ambiguous(sys.argv[1:] if args is None else args)
         if not self.exit_on_error and args is not None:
             args = [_as_yaml(word) for word in args]
         return super().parse_args(args, *rest, **options)

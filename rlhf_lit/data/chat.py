@@ -216,6 +216,7 @@ class ChatFormat:
         surplus = self._surplus_bos(ids)
         tokens = ids[surplus:] if surplus else ids
         mask, moved, start = [False] * len(tokens), False, 0
+        empty, learned_turns = False, set()
         for span in draft.spans:
             start, short = self._start(tokens, ids, beginnings[span.start])
             moved |= short or span.moved
@@ -226,6 +227,10 @@ class ChatFormat:
             else:
                 end = self._close(tokens, start, max(start, beginnings[span.end].agreement(ids) - surplus))
             mask[start:end] = [True] * (end - start)
+            if end > start or span.message == draft.last:
+                learned_turns.add(span.message)
+            else:
+                empty = True
         if draft.last is not None:
             learned = bool(draft.spans) and draft.spans[-1].message == draft.last
             stop = self._last_eos(tokens, start if learned else 0, len(tokens))
@@ -237,11 +242,14 @@ class ChatFormat:
         if draft.prompt is not None:
             apart = alone.get(draft.prompt)
             prompt = self._without_surplus(beginnings[len(draft.prompt)].tokens(ids) if apart is None else apart)
-        return Encoded(tokens, mask, moved, prompt, draft.shown, draft.unsupervised)
+        unsupervised = draft.unsupervised
+        if empty:
+            unsupervised += len({span.message for span in draft.spans} - learned_turns)
+        return Encoded(tokens, mask, moved, prompt, draft.shown, unsupervised)
 
     def _start(self, tokens: list[int], ids: list[int], before: Beginning) -> tuple[int, bool]:
         """How many tokens an answer shares with what stands before it, and whether that is less than all of those."""
-        if tokens is ids and not (before.shared == 0 and self._surplus_bos(list(before.tail))):
+        if tokens is ids and not (before.shared == 0 and self._surplus_bos(before.tail)):
             start = before.agreement(ids)
             return start, start < before.shared + len(before.tail)
         alone = self._without_surplus(before.tokens(ids))
@@ -256,10 +264,10 @@ class ChatFormat:
     def _without_surplus(self, tokens: list[int]) -> list[int]:
         return tokens[self._surplus_bos(tokens) :]
 
-    def _surplus_bos(self, tokens: list[int]) -> int:
+    def _surplus_bos(self, tokens: Sequence[int]) -> int:
         """How many leading tokens to drop so that at most one BOS remains (a text may bring one of its own)."""
         bos = self._bos
-        if bos is None or tokens[:2] != [bos, bos]:
+        if bos is None or list(tokens[:2]) != [bos, bos]:
             return 0
         return next((i for i, token in enumerate(tokens) if token != bos), len(tokens)) - 1
 

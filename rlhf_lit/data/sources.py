@@ -1,26 +1,39 @@
-"""Raw rows from a hub data set, a local file (every value with the type its file gave it) or the built-in world."""
+"""Raw rows from a hub data set, local files (every value with the type its file gave it) or the built-in world."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rlhf_lit import playground
+from rlhf_lit.data import folders, reasoning_gym
+from rlhf_lit.data.formats import READERS, kind_of, reason
+from rlhf_lit.data.reasoning_gym import is_reasoning_gym
+from rlhf_lit.data.row_files import Chunk, DatasetRows, LocalRows, MemoryRows, RowFile, StreamedRows
 from rlhf_lit.errors import UserError
 from rlhf_lit.playground import Wanted, World
 from rlhf_lit.runs import PLAYGROUND
 
-ColumnName = str | dict[str, Any] | None
+__all__ = [
+    "Chunk",
+    "ColumnName",
+    "RowFile",
+    "Source",
+    "is_local_file",
+    "open_rows",
+    "read_rows",
+    "require_one_world",
+    "rows_of",
+]
+
+CHUNK = 1000  # rows that are parsed at a time where all of them are wanted
+
+ColumnName = str | dict[str, str | int | bool] | None
 """A column of a file, or a template over several; a verdict's meaning; null of a verdict that is none."""
-EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".txt")
 
 
 @dataclass
@@ -28,45 +41,62 @@ class Source:
     """Where rows come from.
 
     Args:
-        path: a data set's name on the hub, a folder that `datasets` can load, or a local .json, .jsonl, .csv, .parquet
-            or .txt file, which may be compressed (.gz). A .txt file has one row per non-empty line. `playground` is
-            the built-in world.
-        split: split of a hub data set, slices such as `train[:100]` allowed; of the built-in world `train` or
-            `held_out`. A local file has only `train`.
+        path: a data set's name on the hub; a .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow or .txt file, which
+            may be compressed (.gz, .zst); a folder of such files, or what `save_to_disk` of `datasets` wrote. A .txt
+            file has one row per non-empty line. `reasoning-gym:TASK` is a task of that package, with options as in
+            `reasoning-gym:leg_counting?size=1000&seed=1`. `playground` is the built-in world.
+        split: split of a hub data set, slices such as `train[:100]` allowed; of a folder, whose files say it by their
+            names; of the built-in world `train` or `held_out`. A local file has only `train`. null is no split: of a
+            folder, all files in the order of their names.
         name: configuration of a hub data set.
         columns: our name for a column → the file's name, e.g. `{prompt: question, chosen: response_j}`, or a template
-            over several: `{prompt: "{question}\\n{options}"}`. Of two answers `verdict` says which is better.
+            over several: `{prompt: "{question}\\n{options}"}`. Of two answers `verdict` says which is better; `rows` is
+            where rows are lists inside of what the file has, e.g. `{rows: data.examples}`.
         limit: read usable rows until there are this many; all of them where it is null.
         world: the built-in world, where the path is `playground`; null is its default make-up.
+        weight: share of a mixture, in proportion to those of the others.
+        streaming: read as training goes on; nothing is written to disk.
+        delimiter: between the cells of a .csv or .tsv file; null is a comma or a tab.
 
     Raises:
-        UserError: a ``world`` of its own beside another path.
+        UserError: a ``world`` of its own beside another path, a weight that is no share, or a delimiter that is not one
+            character.
     """
 
     path: str
-    split: str = "train"
+    split: str | None = "train"
     name: str | None = None
     columns: dict[str, ColumnName] = field(default_factory=dict)
     limit: int | None = None
+    world: World | None = None
     weight: float = 1.0
     streaming: bool = False
-    world: World | None = None
+    delimiter: str | None = None
 
     def __post_init__(self) -> None:
         if self.world is not None and self.path != PLAYGROUND:
             raise UserError(
                 f"world: it makes up the rows of the path {PLAYGROUND} alone, not those of {self.path}; set it to null"
             )
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise UserError(f"{self.path}: weight must be above 0, not {self.weight}")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '\r\n"'):
+            raise UserError(f'{self.path}: delimiter must be one character, not {self.delimiter!r} (a tab is "\\t")')
 
     @property
     def label(self) -> str:
         """How messages name it: the file's name, or the hub name with its split."""
-        return Path(self.path).name if is_local_file(self.path) else f"{self.path}[{self.split}]"
+        if is_local_file(self.path):
+            return Path(self.path).name
+        if is_reasoning_gym(self.path):
+            return self.path
+        return self.path if self.split is None else f"{self.path}[{self.split}]"
 
 
 def is_local_file(path: str) -> bool:
     """Whether ``path`` means a local file (there or not) rather than a hub name or a folder."""
-    return Path(path).is_file() or path.removesuffix(".gz").endswith(EXTENSIONS)
+    file = Path(path).expanduser()
+    return file.is_file() or (kind_of(path) in READERS and not file.is_dir())
 
 
 def require_one_world(sources: Mapping[str, Source | None]) -> None:
@@ -81,163 +111,133 @@ def require_one_world(sources: Mapping[str, Source | None]) -> None:
             )
 
 
-def rows_of(source: Source, wanted: Wanted) -> list[Any]:
-    """All rows of a source, a file's or those of the built-in world.
+def open_rows(source: Source, wanted: Wanted) -> RowFile:
+    """The rows of a source, to be read in chunks: a file's, a data set's or those of the built-in world.
+
+    JSON is read by Python's parser, since a columnar reader refuses a whole file for one row of another type; CSV cells
+    stay text ("007" and "NA" too).
 
     Args:
         source: where they come from.
         wanted: what they are to be; the built-in world makes them up, a file has what it has.
 
     Raises:
-        UserError: as ``read_rows`` and ``playground.rows`` say.
+        UserError: as ``playground.rows`` says; no such file, a folder with a file of another kind, a data set that
+            cannot be loaded, or a ``split``, ``name`` or ``delimiter`` that does not go with the path.
     """
     if source.path == PLAYGROUND:
-        return list(playground.rows(source.world or World(), wanted, source.split))
-    return read_rows(source)
+        rows = playground.rows(source.world or World(), wanted, source.split or "train")
+        return MemoryRows(source.label, list(rows))
+    return _open(source)
+
+
+def rows_of(source: Source, wanted: Wanted) -> list[Any]:
+    """All rows of a source at once.
+
+    Raises:
+        UserError: as ``open_rows`` says, and what reading the rows raises: text that does not parse (with its line), or
+            no row.
+    """
+    return _all_rows(open_rows(source, wanted))
 
 
 def read_rows(source: Source) -> list[Any]:
-    """All rows of a file or a hub data set, as they are there: a dict each, unless a JSON file holds something else
-    in a row's place.
+    """As ``rows_of``, for what cannot come from the built-in world."""
+    return _all_rows(_open(source))
 
-    JSON is read by Python's parser, since a columnar reader refuses a whole file for one row of another type; CSV cells
-    stay text ("007" and "NA" too).
 
-    Raises:
-        UserError: no such file, an extension we cannot read, text that does not parse (with its line number), no row, a
-            hub data set that cannot be loaded, or a ``split`` or ``name`` given for a local file.
-    """
-    if not is_local_file(source.path):
-        return _read_hub(source)
+def _all_rows(file: RowFile) -> list[Any]:
+    return [row for chunk in file.chunks(CHUNK) for row in chunk.rows()]
+
+
+def _open(source: Source) -> RowFile:
+    rows_at = source.columns.get("rows")
+    if rows_at is not None and not isinstance(rows_at, str):
+        raise UserError(f"{source.path}: columns.rows must be the path of a list, such as data.examples")
+    if is_reasoning_gym(source.path):
+        if source.split not in ("train", None):
+            raise UserError(f"{source.path} has no split '{source.split}': another seed gives other rows (?seed=1)")
+        return MemoryRows(source.label, reasoning_gym.rows(source.path))
     path = Path(source.path).expanduser()
+    if is_local_file(source.path):
+        return LocalRows(source.path, [_checked(path, source)], source.delimiter, rows_at)
+    if path.is_dir() and source.name is None and not _is_configured(path):
+        name, start, stop = folders.part_of(source.split, source.path)
+        if any((path / file).is_file() for file in folders.SAVED):
+            data = _saved(path, name, source)
+            return DatasetRows(source.label, data.select(range(len(data))[start:stop]), rows_at)
+        return LocalRows(source.label, folders.files_of(path, name), source.delimiter, rows_at, start, stop)
+    if source.delimiter is not None:
+        raise UserError(f"{source.path}: delimiter: it is for .csv and .tsv files, which this is not")
+    return _of_the_hub(source, rows_at)
+
+
+def _checked(path: Path, source: Source) -> Path:
+    """A local file that is there, with settings that it can have."""
     if not path.exists():
         raise UserError(f"no such file: {source.path}")
-    if source.split != "train" or source.name is not None:
+    if source.split not in ("train", None) or source.name is not None:
         raise UserError(
             f"{source.path} is a local file: it has no split '{source.split}' or configuration '{source.name}'; "
             "use `limit` for its first rows"
         )
-    readers: dict[str, Callable[[Path], list[Any]]] = {
-        ".json": _read_json,
-        ".jsonl": _read_json,
-        ".ndjson": _read_json,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-        ".txt": lambda p: [{"text": line} for line in _text(p).splitlines() if line.strip()],
-    }
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in readers:
-        raise UserError(f"{source.path}: cannot read '{suffix}' files; known are {', '.join(readers)}, also with .gz")
-    rows = readers[suffix](path)
-    if not rows:
-        raise UserError(f"{source.path} has no rows")
-    return rows
+    if source.delimiter is not None and kind_of(path.name) not in (".csv", ".tsv"):
+        raise UserError(f"{source.path}: delimiter: it is for .csv and .tsv files, which this is not")
+    return path
 
 
-def _text(path: Path) -> str:
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return content.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+def _is_configured(folder: Path) -> bool:
+    """Whether a folder is a copy of a hub data set that says itself, in its README, which files are what."""
+    readme = folder / "README.md"
+    return readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
 
 
-def _read_json(path: Path) -> list[Any]:
-    """A list of objects, or JSON Lines, whatever the extension says."""
-    text = _text(path)
-    if text.lstrip().startswith("["):
-        try:
-            rows: list[Any] = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-        return rows
-    rows = []
-    # not splitlines(): it also splits at U+2028 and its like, which JSON allows inside a string
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not valid JSON ({error.msg}); the file must be a list of objects, "
-                    "or one object per line"
-                ) from error
-    return rows
+def _saved(folder: Path, split: str | None, source: Source) -> Any:
+    """A data set that `save_to_disk` wrote.
 
-
-def _read_csv(path: Path) -> list[Any]:
-    """Rows by the header's names. A short row has nulls; one with too many cells stays a list, which is no record."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131072 characters
-    table = csv.reader(io.StringIO(_text(path), newline=""))
-    try:
-        header = next(table, [])
-        cells = [row for row in table if row]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error})") from error
-    return [
-        {name: row[i] if i < len(row) else None for i, name in enumerate(header)} if len(row) <= len(header) else row
-        for row in cells
-    ]
-
-
-def _read_parquet(path: Path) -> list[Any]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    Raises:
+        UserError: it cannot be loaded, or has no such split.
+    """
+    from datasets import DatasetDict, load_from_disk
 
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        rows: list[Any] = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {_reason(error)}") from error
-    return rows
+        data = load_from_disk(str(folder))
+    except Exception as error:  # as of the hub's
+        raise UserError(f"{source.path} cannot be loaded as what save_to_disk wrote: {reason(error)}") from error
+    if isinstance(data, DatasetDict):
+        return _one_split(data, split, source)
+    if split not in (None, "train", str(data.split)):
+        raise UserError(f"{source.path} is one data set without splits: it has no split '{split}'")
+    return data
 
 
-def _read_hub(source: Source) -> list[Any]:
+def _one_split(data: Mapping[str, Any], split: str | None, source: Source) -> Any:
+    if split is None and len(data) == 1:
+        return next(iter(data.values()))
+    if split is None or split not in data:
+        raise UserError(f"{source.path} has no split '{split}'; it has {', '.join(data)}")
+    return data[split]
+
+
+def _of_the_hub(source: Source, rows_at: str | None) -> RowFile:
     from datasets import load_dataset
 
     try:
-        data = load_dataset(source.path, source.name, split=source.split)
+        data = load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
     except Exception as error:  # the hub client, fsspec and datasets raise unrelated kinds
         raise UserError(
             f"cannot load '{source.path}' (split '{source.split}'): no such local file, and as a hub data set: "
-            f"{_reason(error)}"
+            f"{reason(error)}"
         ) from error
-    if len(data) == 0:
-        raise UserError(f"{source.path}, split '{source.split}', has no rows")
-    rows: list[Any] = data.to_list()
-    return rows
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@dataclass
-class Chunk:
-    first: int
-    content: list
-    done: float
-
-    def rows(self):
-        return self.content
-
-
-class RowFile:
-    def __init__(self, rows):
-        self.all = rows
-        self.fingerprint = json.dumps(rows, default=str)
-
-    def chunks(self, n):
-        for i in range(0, len(self.all), n):
-            yield Chunk(i, self.all[i : i + n], i / len(self.all))
-
-
-def open_rows(source, wanted):
-    return RowFile(rows_of(source, wanted))
+    if source.split is None:
+        data = _one_split(data, None, source)
+    if not source.streaming:
+        return DatasetRows(source.label, data, rows_at)
+    known = (data.info.splits or {}).get(str(data.split))
+    return StreamedRows(
+        source.label,
+        data,
+        (source.path, source.name, source.split, str(data.info.version)),
+        rows_at,
+        known.num_examples if known else None,
+    )

@@ -175,6 +175,8 @@ class _One:
             return None
         content = _shared(self._text, marked)
         base = self._template.rendered(self._messages[:i], self._tools)
+        if before is not None and base is not None and before.startswith(base) and self._text.startswith(base):
+            return max(len(base), min(_shared(before, self._text), content))
         opening = before[len(base) :] if before is not None and base is not None and before.startswith(base) else ""
         ended = self._content_end(i - 1) if i else 0
         if opening and ended is not None:

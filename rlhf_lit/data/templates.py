@@ -14,7 +14,11 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    _render_with_assistant_indices,
+    render_jinja_template,
+)
 
 from rlhf_lit.data.rows import Message
 from rlhf_lit.errors import UserError, say
@@ -89,7 +93,7 @@ class ChatTemplate:
                 template = _compile_jinja_template(self.source)
                 return str(
                     template.render(
-                        messages=[{"role": message.role, "content": message.content} for message in messages],
+                        messages=[self._as_turn(message) for message in messages],
                         tools=None,
                         documents=None,
                         add_generation_prompt=answer_next,
@@ -116,6 +120,15 @@ class ChatTemplate:
             UserError: the template refuses the conversation.
         """
         try:
+            if _is_plain(messages, tools):
+                return _render_with_assistant_indices(
+                    _compile_jinja_template(self.source),
+                    [self._as_turn(message) for message in messages],
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=False,
+                    **self.special,
+                )
             texts, blocks = render_jinja_template(
                 [[self._as_template_data(message) for message in messages]],
                 tools=list(tools) or None,
@@ -164,7 +177,9 @@ class ChatTemplate:
         return rest, max(0, answer - count), max(0, first - count)
 
     def unknown(self, messages: Sequence[Message], tools: Sequence[Any]) -> str | None:
-        """Why a conversation with tool use cannot be rendered whole, None where it can."""
+        """Why a conversation cannot be rendered whole, None where it can."""
+        if self._in_parts is None:
+            return "the chat template renders no texts"
         calls = any(message.tool_calls for message in messages)
         results = any(message.role == "tool" for message in messages)
         if calls and not self._tool_use.calls:
@@ -181,6 +196,17 @@ class ChatTemplate:
         bos = self.special.get("bos_token")
         turns = (Message("user", "Hi"), Message("assistant", "Hello"))
         return isinstance(bos, str) and (self.rendered(turns) or "").count(bos) > 1
+
+    @cached_property
+    def _in_parts(self) -> bool | None:
+        """Whether the template reads a turn's text from a list of parts, as those of multi-modal models do; None where
+        it renders neither that nor a plain text."""
+        for in_parts in (False, True):
+            turn = {"role": "user", "content": [{"type": "text", "text": _SAID}] if in_parts else _SAID}
+            if _SAID in self._probe([turn]):
+                return in_parts
+        # A template that refuses a user's turn alone has said why when it is asked for a conversation.
+        return False if not self._probe([{"role": "user", "content": _SAID}]) else None
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -200,39 +226,38 @@ class ChatTemplate:
             call = {"id": "quxcall01", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
             turns = (Message("user", "Hi"), Message("assistant", "", (call,)), *ends)
             # As a caller has it: normalising would turn the text into an object again.
-            whole = self._probe(turns)
-            text = whole or self._probe(turns[:2])
+            data = [self._as_turn(message, list(message.tool_calls)) for message in turns]
+            whole = self._probe(data)
+            text = whole or self._probe(data[:2])
             if _CALLED in text and _VALUE in text and f"'{_KEY}'" not in text:
                 return ToolUse(True, _RESULT in whole, knows_tools, isinstance(arguments, str))
         plain = self.rendered((Message("user", "Hi"), Message("assistant", "A"), *ends)) or ""
         return ToolUse(False, _RESULT in plain, knows_tools, False)
 
-    def _probe(self, messages: Sequence[Message]) -> str:
-        """The text of turns whose calls are in the template's form already, "" where the template refuses them."""
+    def _probe(self, turns: list[dict[str, Any]]) -> str:
+        """The text of turns in the template's own form, "" where it refuses them."""
         try:
-            texts, _ = render_jinja_template(
-                [[_as_data(message, list(message.tool_calls)) for message in messages]],
-                chat_template=self.source,
-                **self.special,
-            )
+            texts, _ = render_jinja_template([turns], chat_template=self.source, **self.special)
         except _REFUSALS:
             return ""
         return str(texts[0])
 
     def _as_template_data(self, message: Message) -> dict[str, Any]:
         calls = [_normalised(call, self._tool_use.text_arguments) for call in message.tool_calls]
-        return _as_data(message, calls)
+        return self._as_turn(message, calls)
+
+    def _as_turn(self, message: Message, calls: Sequence[Any] = ()) -> dict[str, Any]:
+        content: Any = message.content
+        if self._in_parts:
+            content = [{"type": "text", "text": content}]
+        data = {**message.extra, "role": message.role, "content": content}
+        return {**data, "tool_calls": calls} if calls else data
 
 
 def names_called(message: Message) -> list[str]:
     """The functions that a turn calls, as far as its calls name them."""
     bodies = [call.get("function", call) if isinstance(call, Mapping) else {} for call in message.tool_calls]
     return [str(body["name"]) for body in bodies if isinstance(body, Mapping) and body.get("name")]
-
-
-def _as_data(message: Message, calls: list[Any]) -> dict[str, Any]:
-    data = {**message.extra, "role": message.role, "content": message.content}
-    return {**data, "tool_calls": calls} if calls else data
 
 
 def _normalised(call: Any, text_arguments: bool) -> Any:

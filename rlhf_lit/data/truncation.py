@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from rlhf_lit.data.chat import Encoded
@@ -26,8 +27,11 @@ def truncate_prompt(
         The cut sequence; None where it must be dropped: by policy, or since the answer and one token before it do not
         fit.
     """
+    surplus = len(tokens) - max_length
+    if surplus <= 0:
+        return tokens, mask
     prompt_length = mask.index(True) if True in mask else len(tokens)
-    return _cut(tokens, mask, prompt_length, len(tokens) - max_length, policy, bos_token_id)
+    return _cut(tokens, mask, prompt_length, surplus, policy, bos_token_id)
 
 
 def truncate_pair(
@@ -45,23 +49,28 @@ def truncate_group(
 
     Only tokens that all of them share before any answer may be cut; arguments and None as in :func:`truncate_prompt`.
     """
-    shared = min(side.mask.index(True) if True in side.mask else len(side.tokens) for side in sides)
-    for place in range(shared):
-        if any(side.tokens[place] != sides[0].tokens[place] for side in sides):
-            shared = place
-            break
     surplus = max(len(side.tokens) for side in sides) - max_length
-    cut = [_cut(side.tokens, side.mask, shared, surplus, policy, bos_token_id) for side in sides]
-    kept = [Encoded(*part, side.boundary_moved) for side, part in zip(sides, cut, strict=True) if part is not None]
-    return kept if len(kept) == len(sides) else None
+    if surplus <= 0:
+        return list(sides)
+    shared = min(side.mask.index(True) if True in side.mask else len(side.tokens) for side in sides)
+    first = sides[0].tokens[:shared]
+    for side in sides[1:]:
+        if side.tokens[: len(first)] != first:
+            shared = next(i for i, token in enumerate(first) if side.tokens[i] != token)
+            first = first[:shared]
+    kept = []
+    for side in sides:
+        cut = _cut(side.tokens, side.mask, shared, surplus, policy, bos_token_id)
+        if cut is None:
+            return None
+        kept.append(replace(side, tokens=cut[0], mask=cut[1]))
+    return kept
 
 
 def _cut(
     tokens: list[int], mask: list[bool], prompt_length: int, surplus: int, policy: Truncation, bos_token_id: int | None
 ) -> tuple[list[int], list[bool]] | None:
     """The sequence without ``surplus`` of its first ``prompt_length`` tokens, of which at least one must remain."""
-    if surplus <= 0:
-        return tokens, mask
     if policy == "drop" or surplus >= prompt_length:
         return None
     if policy == "keep_start":

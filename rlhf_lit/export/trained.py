@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import nn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.files import load_yaml, short_path
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.loading import Base, Dtype, load_causal_lm, load_scorer, stored_bias
@@ -98,7 +98,8 @@ class Trained:
         """The ``model`` section of the run's configuration; empty where there is no run."""
         if self.config_file is None:
             return {}
-        return cast("dict[str, Any]", yaml.safe_load(self.config_file.read_text(encoding="utf-8"))["model"])
+        text = self.config_file.read_text(encoding="utf-8")
+        return cast("dict[str, Any]", load_yaml(text, short_path(self.config_file))["model"])
 
     @cached_property
     def base(self) -> Base:

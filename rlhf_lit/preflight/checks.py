@@ -38,6 +38,7 @@ from rlhf_lit.preflight.models import (
     trainable_parameters,
 )
 from rlhf_lit.preflight.rewards import scores_alone, scores_vary
+from rlhf_lit.preflight.text import text_kept
 from rlhf_lit.preflight.tokens import one_bos, supervised_eos, supervised_tokens
 from rlhf_lit.rollout.collect import raw_scores, score_pass
 from rlhf_lit.rollout.engine import Samples
@@ -72,6 +73,7 @@ def checks(module: Algorithm, data: TextDataModule | None, rank: int = 0, world:
             f"data: {type(data).__name__} makes {type(batch).__name__}, which is no kind of batch: derive it from "
             "rlhf_lit.batches.Batch"
         )
+    yield text_kept(module.tokenizer, [(row["row"], row["source"]) for row in rows])
     failed = False
     for check in token_checks(module, batch, [row["row"] for row in rows]):
         failed |= check.verdict == "failed"

@@ -14,6 +14,7 @@ from rlhf_lit.data.records import OnBadRow, Source
 from rlhf_lit.errors import UserError, say
 from rlhf_lit.evaluation.answers import read_prompts
 from rlhf_lit.evaluation.evaluate import evaluate, in_words
+from rlhf_lit.files import load_yaml, short_path
 from rlhf_lit.models.loading import Base
 from rlhf_lit.report.evaluations import FOLDER, evaluations_of, kind_of
 from rlhf_lit.report.reading import Run
@@ -176,8 +177,6 @@ def world_of(config: dict[str, Any]) -> playground.World | None:
 
 def _began_from(config: dict[str, Any]) -> dict[str, Any] | None:
     """The configuration of the run whose model a run began with."""
-    import yaml
-
     name = ((config["model"].get("init_args") or {}).get("base") or {}).get("name")
     if not isinstance(name, str):
         return None
@@ -185,6 +184,6 @@ def _began_from(config: dict[str, Any]) -> dict[str, Any] | None:
     for folder in (path, path.parent, *versions(path)):
         file = folder / "config.yaml"
         if file.is_file():
-            found = yaml.safe_load(file.read_text(encoding="utf-8"))
+            found = load_yaml(file.read_text(encoding="utf-8"), short_path(file))
             return found if isinstance(found, dict) and "data" in found and "model" in found else None
     return None

@@ -9,10 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_lit.errors import UserError
-from rlhf_lit.files import short_path
+from rlhf_lit.files import load_yaml, short_path
 from rlhf_lit.report.kinds import Kind, kind_of_run
 from rlhf_lit.report.metrics import Series, read_metrics
 from rlhf_lit.runs import EXPORT, versions
@@ -165,12 +163,12 @@ def read(folder: Path) -> Run:
 def _config(file: Path) -> tuple[dict[str, Any], str]:
     try:
         text = file.read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
+        config = load_yaml(text, file.name)
         if not isinstance(config["model"]["class_path"], str) or not isinstance(config["data"], dict):
             raise TypeError("no model.class_path")
     except FileNotFoundError as error:
         raise UserError(f"it has no {file.name}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, UserError, KeyError, TypeError) as error:
         raise UserError(f"{file.name} is not a run's configuration ({' '.join(str(error).split())})") from error
     return config, text
 

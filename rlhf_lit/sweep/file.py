@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_lit.errors import UserError
+from rlhf_lit.files import load_yaml
 from rlhf_lit.sweep import space
 
 METHODS = ("grid", "random")
@@ -111,13 +110,11 @@ def read(path: Path) -> SweepFile:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = load_yaml(text, str(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a W&B sweep file, with `method:`, `parameters:` and `command:`")
     for key in content:

@@ -23,7 +23,7 @@ BELOW_ROLLOUT = {*BATCHES, "models", "training", "parallel", "playground", "refe
 BELOW_TOOLS = {*BELOW_ROLLOUT, "rollout", "data", "algorithms"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
-    "files": (set(), set()),
+    "files": ({"errors"}, {"yaml"}),
     "randomness": (set(), {"torch", "numpy"}),
     "runs": (GROUND, set()),
     "losses": (set(), {"torch"}),

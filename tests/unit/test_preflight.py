@@ -145,9 +145,10 @@ def caught(every: dict[str, Check], verdict: str = "failed") -> set[str]:
 
 # --- sound runs ------------------------------------------------------------------------------------------------------
 
-TOKENS = ["trainable parameters", "one BOS", "supervised tokens", "EOS supervised", "padding"]
+TOKENS = ["trainable parameters", "text kept", "one BOS", "supervised tokens", "EOS supervised", "padding"]
 ROLLOUT = [
     "trainable parameters",
+    "text kept",
     "one BOS",
     "padding",
     "KL = 0",
@@ -627,11 +628,11 @@ def fit(module: Algorithm, data: TextDataModule | None, folder: Path, loader: An
 def test_the_table_of_a_sound_run(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(*dpo(place, ADAPTER), tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line, name in zip(lines, EXPECTED[dpo], strict=False):
         assert line.startswith(f"ok  {name}  "), line
         assert line == line.rstrip()
-    assert lines[-1].startswith("preflight: 8 checks passed in ")
+    assert lines[-1].startswith("preflight: 9 checks passed in ")
 
 
 def test_a_failed_check_stops_the_run_before_its_first_batch(
