@@ -138,6 +138,17 @@ def test_questions_of_reasoning_gym_are_learned_from(run: Callable, place: Path)
     assert steps(place) == 2
 
 
+def test_a_task_of_reasoning_gym_is_a_source(run: Callable, place: Path) -> None:
+    write(place, questions(NUMBERS), {"class_path": "ReasoningGymReward", "init_args": {"workers": 1}})
+    answer = run("fit", "--config", "gold.yaml", "--data.train.path=reasoning-gym:leg_counting?size=8&max_animals=3")
+    assert answer.status == 0, answer.err
+    assert "8 of 8 rows used" in answer.err
+    assert steps(place) == 2
+    answer = run("fit", "--config", "gold.yaml", "--data.train.path=reasoning-gym:leg_count")
+    assert answer.status == 2
+    assert "reasoning-gym has no task 'leg_count'; perhaps leg_counting" in answer.err
+
+
 def test_instructions_are_learned_from(run: Callable, place: Path) -> None:
     names = [["punctuation:no_comma"]] * 7 + [["punctuation:nothing"]]
     rows = questions(["-"] * 8, instruction_id_list=names, kwargs=[[{}]] * 8)
