@@ -123,7 +123,7 @@ def _text(content: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}, line {line}: is not UTF-8 text: byte {error.start} of the file cannot be decoded"
+            f"{path}, line {line}: not UTF-8 text (byte {error.start} of the file cannot be decoded)"
         ) from error
 
 
@@ -195,7 +195,7 @@ def _read_table(reading: Reading) -> Iterator[Any]:
             ) from error
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{reading.path}, after line {table.line_num}: is not UTF-8 text: a byte cannot be decoded"
+                f"{reading.path}, after line {table.line_num}: not UTF-8 text (a byte cannot be decoded)"
             ) from error
 
 
@@ -229,7 +229,7 @@ def _read_text(reading: Reading) -> Iterator[Any]:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{reading.path}, line {number}: is not UTF-8 text: its byte {error.start} cannot be decoded"
+                    f"{reading.path}, line {number}: not UTF-8 text (its byte {error.start} cannot be decoded)"
                 ) from error
             if text.strip():
                 yield {"text": text}

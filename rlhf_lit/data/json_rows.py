@@ -52,7 +52,7 @@ class Line(NamedTuple):
             text = self.content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.file}, line {self.number}: is not UTF-8 text: its byte {error.start} cannot be decoded"
+                f"{self.file}, line {self.number}: not UTF-8 text (its byte {error.start} cannot be decoded)"
             ) from error
         try:
             value = json.loads(text)

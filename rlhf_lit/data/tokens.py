@@ -194,7 +194,7 @@ class Loading:
             schema, parts = self.parts(advance)
             store.write(path, schema, (part.batch for part in parts), self.report.as_json)
         if not self.report.used:
-            raise UserError(f"data.{self.name}: no usable row in {self.source.path}: {self.report.summary()}")
+            raise UserError(f"no usable row in {self.source.path}: {self.report.summary()}")
 
     def parts(self, advance: Advance, skip: int = 0) -> tuple[pa.Schema, Iterator[Part]]:
         """The schema of the parts, and the parts one after the other, counted in the report.

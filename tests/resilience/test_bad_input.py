@@ -81,7 +81,7 @@ def test_an_empty_file(fit, algorithm, name):
     ("content", "complaint"),
     [
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "rows.jsonl, line 2: not valid JSON"),
-        (b"\xff\xfe\x00rows", "rows.jsonl is not UTF-8 text"),
+        (b"\xff\xfe\x00rows", "rows.jsonl, line 1: not UTF-8 text"),
         ('{"foo": "a", "bar": "b"}\n', "columns bar, foo have no known shape of demonstrations"),
         ("3\n4\n", "columns (none) have no known shape"),
     ],
