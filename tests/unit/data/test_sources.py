@@ -190,9 +190,9 @@ def test_an_array_that_is_no_json_names_its_line(tmp_path: Path, text: str, line
 
 def test_bytes_that_are_no_utf8_name_their_line(tmp_path: Path) -> None:
     for name, content, where in (
-        ("a.txt", b"one\ntw\xff\n", "line 2: not UTF-8 text (its byte 2"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "line 2: not UTF-8 text (its byte 7"),
-        ("a.json", b'[1,\n"\xff"]', "line 2: not UTF-8 text (byte 5 of the file"),
+        ("a.txt", b"one\ntw\xff\n", "line 2: not UTF-8 text \\(its byte 2"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "line 2: not UTF-8 text \\(its byte 7"),
+        ("a.json", b'[1,\n"\xff"]', "line 2: not UTF-8 text \\(byte 5 of the file"),
         ("a.csv", b"a,b\n1,2\n\xff,3\n", "not UTF-8 text"),
     ):
         with pytest.raises(UserError, match=where):
