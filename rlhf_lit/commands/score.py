@@ -151,7 +151,7 @@ def score(
             raise UserError(f"--{option} must be at least 1, not {value}")
     target = _target(file, to)
     source = Source(file, split, name, columns or {}, delimiter=delimiter)
-    found = answered(read_rows(source)[:limit], source)
+    found = answered(read_rows(source, limit), source)
     kind, rows = found.kind, found.rows
     base = Base(model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
     scorer = load_scorer(base, trained=True, frozen=True)

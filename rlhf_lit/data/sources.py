@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +141,14 @@ def rows_of(source: Source, wanted: Wanted) -> list[Any]:
     return _all_rows(open_rows(source, wanted))
 
 
-def read_rows(source: Source) -> list[Any]:
-    """As ``rows_of``, for what cannot come from the built-in world."""
-    return _all_rows(_open(source))
+def read_rows(source: Source, most: int | None = None) -> list[Any]:
+    """As ``rows_of``, for what cannot come from the built-in world; no more than ``most`` rows are read."""
+    return _all_rows(_open(source), most)
 
 
-def _all_rows(file: RowFile) -> list[Any]:
-    return [row for chunk in file.chunks(CHUNK) for row in chunk.rows()]
+def _all_rows(file: RowFile, most: int | None = None) -> list[Any]:
+    chunks = file.chunks(CHUNK if most is None else min(CHUNK, most))
+    return list(islice((row for chunk in chunks for row in chunk.rows()), most))
 
 
 def _open(source: Source) -> RowFile:

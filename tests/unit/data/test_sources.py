@@ -417,3 +417,11 @@ def test_a_fingerprint_is_of_what_is_read(tmp_path: Path, hub: dict[str, Any]) -
 
 def test_a_fingerprint_parses_nothing(tmp_path: Path) -> None:
     assert open_rows(put(tmp_path / "rows.jsonl", "no JSON"), "prompts").fingerprint
+
+
+def test_no_more_rows_are_read_than_are_wanted(tmp_path: Path) -> None:
+    """The file is broken further on."""
+    source = put(tmp_path / "rows.jsonl", lines([{"x": i} for i in range(50)]) + "{broken\n")
+    assert read_rows(source, 7) == [{"x": i} for i in range(7)]
+    with pytest.raises(UserError, match=r"line 51: not valid JSON"):
+        read_rows(source)
