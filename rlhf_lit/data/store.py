@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -27,6 +28,7 @@ TYPES: dict[Kind, pa.DataType] = {
     "flag": pa.bool_(),
     "text": pa.string(),
 }
+DTYPES = {pa.int32(): np.int32, pa.int64(): np.int64, pa.float64(): np.float64, pa.bool_(): np.bool_}
 # What every row has besides: its number in the data file, and the row as the file has it.
 OWN = {"row": pa.int64(), "source": pa.string()}
 _SUMMARY = b"summary"
@@ -38,17 +40,55 @@ def schema_of(columns: Columns) -> pa.Schema:
     return pa.schema([*((name, TYPES[kind]) for name, kind in columns.items()), *OWN.items()])
 
 
+# Arrays are made of and read from Arrow's buffers: `pyarrow.array` and `to_numpy` import pandas, which takes as long as
+# thousands of rows.
+
+
 def record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
     """Rows as Arrow has them; a ``source`` becomes JSON, in which a date, say, is text."""
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array(
-                [_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type
-            )
-            for field in schema
-        ],
-        schema=schema,
-    )
+    columns = [
+        _array([_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """An array of values, none of which is null."""
+    count = len(values)
+    if pa.types.is_list(kind):
+        offsets, inner = _offsets(values), _array(list(chain.from_iterable(values)), kind.value_type)
+        return pa.Array.from_buffers(kind, count, [None, offsets], children=[inner])
+    if pa.types.is_string(kind):
+        texts = [value.encode() for value in values]
+        return pa.Array.from_buffers(kind, count, [None, _offsets(texts), pa.py_buffer(b"".join(texts))])
+    numbers = np.fromiter(values, DTYPES[kind], count)
+    data = np.packbits(numbers, bitorder="little") if pa.types.is_boolean(kind) else numbers
+    return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(data)])
+
+
+def _offsets(values: Sequence[Any]) -> pa.Buffer:
+    """Where each value begins in all of them together, and where the last one ends."""
+    ends = np.zeros(len(values) + 1, np.int64)
+    np.cumsum([len(value) for value in values], out=ends[1:])
+    return pa.py_buffer(ends.astype(np.int32))
+
+
+def _values(array: pa.Array, start: int, end: int) -> list[Any]:
+    """Entries [start, end) of an array without nulls."""
+    if start == end:
+        return []
+    if pa.types.is_string(array.type):
+        return [array[place].as_py() for place in range(start, end)]
+    data, start, end = array.buffers()[1], array.offset + start, array.offset + end
+    if pa.types.is_list(array.type):
+        offsets = np.frombuffer(data, np.int32)[start : end + 1].tolist()
+        return [_values(array.values, *part) for part in pairwise(offsets)]
+    if pa.types.is_boolean(array.type):
+        whole = np.frombuffer(data, np.uint8)[start // 8 : -(-end // 8)]
+        bits = np.unpackbits(whole, bitorder="little").view(np.bool_)
+        return bits[start % 8 :][: end - start].tolist()
+    return np.frombuffer(data, DTYPES[array.type])[start:end].tolist()
 
 
 def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: Callable[[], object]) -> None:
@@ -67,8 +107,7 @@ def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summ
         for batch in batches:
             writer.write_batch(batch)
         # The file's last word, so that it tells of all rows.
-        empty = pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
-        writer.write_batch(empty, {_SUMMARY: json.dumps(summary())})
+        writer.write_batch(record_batch([], schema), {_SUMMARY: json.dumps(summary())})
 
 
 class StoredRow(Mapping[str, Any]):
@@ -84,13 +123,8 @@ class StoredRow(Mapping[str, Any]):
         index = self._batch.schema.get_field_index(name)
         if index < 0:
             raise KeyError(name)
-        value = self._batch.column(index)[self._place]
-        if name == "source":
-            return json.loads(value.as_py())
-        if pa.types.is_list(value.type) and not pa.types.is_list(value.type.value_type):
-            # as_py() makes an object of Arrow's of every token first.
-            return value.values.to_numpy(zero_copy_only=False).tolist() if value.is_valid else None
-        return value.as_py()
+        (value,) = _values(self._batch.column(index), self._place, self._place + 1)
+        return json.loads(value) if name == "source" else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._batch.schema.names)

@@ -6,6 +6,7 @@ ever in memory. A store is found again by the content of its file and all that d
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import multiprocessing
@@ -262,6 +263,7 @@ def _start(work: Work) -> None:
     """What a process keeps; it is forked, so that nothing of it is pickled."""
     global _work
     _work = work
+    gc.freeze()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what is parallel, and threads do not survive it
 
 
@@ -273,7 +275,15 @@ def _do(chunk: Chunk) -> Part:
 def _in_order(work: Work, chunks: Iterable[Chunk], processes: int) -> Iterator[Part]:
     """The parts in the order of the chunks, a few of which are under way at a time."""
     if processes == 1:
-        yield from map(work, chunks)
+        for chunk in chunks:
+            # What stands in memory already is not looked through for garbage each time that rows fill some of it, which
+            # takes a fifth of the time.
+            gc.freeze()
+            try:
+                part = work(chunk)
+            finally:
+                gc.unfreeze()
+            yield part
         return
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, context, _start, (work,)) as pool:

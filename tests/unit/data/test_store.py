@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,27 @@ def test_a_copy_maps_the_file_again(path: Path) -> None:
 def _row_number(rows: Any, place: int) -> int:
     number: int = rows[place]["row"]
     return number
+
+
+def test_a_slice_of_a_batch_is_its_rows() -> None:
+    """Masks are packed into bytes, which a slice begins in the middle of."""
+    batch = record_batch([row(i) for i in range(40)], schema_of(COLUMNS))
+    rows = ArrowRows([batch.slice(3, 5), batch.slice(13, 9), batch.slice(22).slice(1)])
+    assert [dict(one) for one in rows] == [row(i) for i in (*range(3, 8), *range(13, 22), *range(23, 40))]
+
+
+def test_rows_need_no_pandas(path: Path) -> None:
+    """Its import takes as long as thousands of rows."""
+    script = (
+        "import sys\n"
+        "from tests.unit.data.test_store import *\n"
+        f"rows = StoredRows(Path({str(path)!r}))\n"
+        "assert dict(rows[3]) == row(3)\n"
+        "record_batch([row(3)], schema_of(COLUMNS))\n"
+        "assert 'pandas' not in sys.modules\n"
+    )
+    root = Path(__file__).parents[3]
+    subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1, -20])
