@@ -62,7 +62,7 @@ def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     if pa.types.is_string(kind):
         texts = [value.encode() for value in values]
         return pa.Array.from_buffers(kind, count, [None, _offsets(texts), pa.py_buffer(b"".join(texts))])
-    numbers = np.fromiter(values, DTYPES[kind], count)
+    numbers: np.ndarray = np.fromiter(values, DTYPES[kind], count)
     data = np.packbits(numbers, bitorder="little") if pa.types.is_boolean(kind) else numbers
     return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(data)])
 

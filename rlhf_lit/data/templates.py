@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -49,6 +49,14 @@ _REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, 
 
 # Markers of the probes: words that no template writes by itself.
 _SAID, _CALLED, _KEY, _VALUE, _RESULT = "Quxsaid", "quxcalled", "quxkey", "quxvalue", "Quxresult"
+
+
+@cache
+def _compiled(source: str) -> Any:
+    """The template as transformers compiles it."""
+    template = _compile_jinja_template(source)
+    template.globals = dict(template.globals)  # each rendering goes through them, which takes long of a chain of maps
+    return template
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class ChatTemplate:
         """
         try:
             if _is_plain(messages, tools):
-                template = _compile_jinja_template(self.source)
+                template = _compiled(self.source)
                 return str(
                     template.render(
                         messages=[self._as_turn(message) for message in messages],
@@ -122,7 +130,7 @@ class ChatTemplate:
         try:
             if _is_plain(messages, tools):
                 return _render_with_assistant_indices(
-                    _compile_jinja_template(self.source),
+                    _compiled(self.source),
                     [self._as_turn(message) for message in messages],
                     tools=None,
                     documents=None,
