@@ -395,3 +395,41 @@ def test_each_rank_has_held_out_rows(file) -> None:
 def test_too_few_held_out_rows_for_the_ranks(file) -> None:
     with pytest.raises(UserError, match=r"data\.validation: 2 rows are too few for 3 ranks"):
         held_out(file(ROWS[:2]), 0, 3)
+
+
+# --- which answers are learned ---------------------------------------------------------------------------------------
+
+TURNS = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "first"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "second"},
+]
+
+
+@pytest.mark.parametrize(("last_turn_only", "learned"), [(False, ["first", "second"]), (True, ["second"])])
+def test_every_answer_is_learned_or_the_last_alone(file, tmp_path: Path, last_turn_only: bool, learned: list) -> None:
+    """The two have stores of their own."""
+    source = file([{"messages": TURNS}])
+    module = ready(SFTDataModule(source, last_turn_only=last_turn_only, cache=str(tmp_path / "cache")))
+    ready(SFTDataModule(source, last_turn_only=not last_turn_only, cache=str(tmp_path / "cache")))
+    own = tokenizer()
+    for _ in range(2):
+        (row,) = module.examples["train"]
+        kept = [token for token, mask in zip(row["tokens"], row["mask"], strict=True) if mask]
+        assert own.decode(kept).replace(own.eos_token, " ").split() == learned
+        module = ready(SFTDataModule(source, last_turn_only=last_turn_only, cache=str(tmp_path / "cache")))
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
+
+
+def test_answers_that_a_template_leaves_out_are_counted(file, capsys) -> None:
+    """A template that forgets all but the last question."""
+    own = tokenizer()
+    own.chat_template = (
+        "{% for message in messages[-2:] %}{{ message['role'] + ': ' + message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    module = ready(SFTDataModule(file([{"messages": TURNS}, ROWS[0]]), cache=None), own=own)
+    assert module.reports["train"].unsupervised == 1
+    assert "train: rows.jsonl: answers not supervised: 1, since the chat template" in capsys.readouterr().err

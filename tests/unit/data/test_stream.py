@@ -145,3 +145,24 @@ def test_mismatched_answers_come_from_the_block(tmp_path: Path) -> None:
     module.trainer.max_steps = 5
     for batch in module.train_dataloader():
         assert batch.mismatched.mask.any(-1).all()
+
+
+@pytest.mark.parametrize("step", [2, 9])
+def test_what_the_hub_streams_resumes_too(file: Path, tmp_path: Path, step: int) -> None:
+    """A copy of a hub data set on disk, which `datasets` streams as it does one of the hub."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    file.rename(copy / "rows.jsonl")
+    (copy / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: rows.jsonl\n---\n"
+    )
+    whole, broken, resumed = (streamed(copy, steps=20) for _ in range(3))
+    expected = [numbers(whole, batch) for batch in whole.train_dataloader()]
+    assert sorted(row for batch in expected[:14] for row in batch) == sorted(set(range(COUNT)) - {3, 30})
+    loader = broken.train_dataloader()
+    batches = iter(loader)
+    before = [numbers(broken, next(batches)) for _ in range(step)]
+    again = resumed.train_dataloader()
+    again.load_state_dict(loader.state_dict())
+    rest = iter(again)
+    assert before + [numbers(resumed, next(rest)) for _ in range(20 - step)] == expected
