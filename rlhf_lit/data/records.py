@@ -162,8 +162,6 @@ def read_into(
 
 
 def _all(reader: RowReader[R], rows: Sequence[Any], source: Source, on_bad_row: OnBadRow) -> tuple[list[R], RowReport]:
-    if source.limit is not None and source.limit < 1:
-        raise UserError(f"{source.path}: limit must be at least 1, not {source.limit}")
     report = reader.report(source)
     limit = None if source.limit is None else source.limit * reader.per_row
     records = read_into(report, reader, rows, 0, source, on_bad_row, limit)

@@ -59,8 +59,8 @@ class Source:
         delimiter: between the cells of a .csv or .tsv file; null is a comma or a tab.
 
     Raises:
-        UserError: a ``world`` of its own beside another path, a weight that is no share, or a delimiter that is not one
-            character.
+        UserError: a ``world`` of its own beside another path, a limit below 1, a weight that is no share, or a delimiter
+            that is not one character.
     """
 
     path: str
@@ -78,6 +78,8 @@ class Source:
             raise UserError(
                 f"world: it makes up the rows of the path {PLAYGROUND} alone, not those of {self.path}; set it to null"
             )
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"{self.path}: limit must be at least 1, not {self.limit}")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise UserError(f"{self.path}: weight must be above 0, not {self.weight}")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '\r\n"'):

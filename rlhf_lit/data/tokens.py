@@ -87,7 +87,7 @@ class Part:
 
     def first(self, count: int) -> Part:
         """The part up to its ``count``-th record, whose row is the last that was looked at."""
-        if len(self.looked_at) <= count:
+        if len(self.looked_at) < count:
             return self
         kept = sum(place < count for place in self.places)
         return replace(
