@@ -30,7 +30,7 @@ __all__ = [
     "rows_of",
 ]
 
-CHUNK = 1000  # rows that are parsed at a time where all of them are wanted
+CHUNK = 1000  # rows that are parsed at a time
 
 ColumnName = str | dict[str, str | int | bool] | None
 """A column of a file, or a template over several; a verdict's meaning; null of a verdict that is none."""
@@ -59,8 +59,8 @@ class Source:
         delimiter: between the cells of a .csv or .tsv file; null is a comma or a tab.
 
     Raises:
-        UserError: a ``world`` of its own beside another path, a limit below 1, a weight that is no share, or a delimiter
-            that is not one character.
+        UserError: a ``world`` of its own beside another path, a limit below 1, a weight that is no share, or a
+            delimiter that is not one character.
     """
 
     path: str

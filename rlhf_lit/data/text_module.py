@@ -18,11 +18,11 @@ from rlhf_lit.batches import Batch, PromptBatch, Record, Sequences
 from rlhf_lit.data.chat import ChatFormat, Conversation, Encoded, Template
 from rlhf_lit.data.loader import BatchLoader
 from rlhf_lit.data.mixture import Order, in_shares, mixed_order, shuffled
-from rlhf_lit.data.records import OnBadRow, RowReader, RowReport
+from rlhf_lit.data.records import OnBadRow, RowReader, RowReport, stopped
 from rlhf_lit.data.sources import Source, open_rows, require_one_world
 from rlhf_lit.data.store import Columns, Rows, held_out, joined, schema_of
 from rlhf_lit.data.stream import Stream, StreamLoader
-from rlhf_lit.data.tokens import Loading, Work, code_of, key_of, stopped, tokenised
+from rlhf_lit.data.tokens import Loading, Work, code_of, key_of, tokenised
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
 from rlhf_lit.errors import UserError, say
 from rlhf_lit.playground import Wanted
