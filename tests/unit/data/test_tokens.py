@@ -245,9 +245,14 @@ def test_a_pipe_has_a_line_now_and_then(clock: Callable[[float], None], capsys: 
     assert capsys.readouterr().err == "train: 40,000 rows read (20%), 2,000 rows/s\n"
 
 
-def test_a_terminal_has_a_bar_and_ci_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("ci", "lines"), [("", ""), ("true", "train: 5 rows read (50%), 0 rows/s\n")])
+def test_a_terminal_has_a_bar_and_ci_has_lines(
+    ci: str, lines: str, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setenv("CI", "")
-    assert not progress.is_quiet()
-    monkeypatch.setenv("CI", "true")
-    assert progress.is_quiet()
+    monkeypatch.setenv("CI", ci)
+    with progress.loading("train") as advance:
+        clock(20)
+        advance(5, 0.5)
+    said = capsys.readouterr().err
+    assert said == lines if lines else "reading" in said
