@@ -67,7 +67,7 @@ class RolloutDataModule(TextDataModule):
                 f"data.batch_size: {batch_size} does not divide the {rollout_size * samples_per_prompt} episodes of a "
                 "rollout (rollout_size × samples_per_prompt)"
             )
-        if any(source.streaming for source in self.sources["train"]):
+        if any(source.is_stream for source in self.sources["train"]):
             raise UserError("data.train.streaming: a rollout needs its prompts at hand; leave it out, or set a limit")
         self.rollout_size = rollout_size
         self.samples_per_prompt = samples_per_prompt
