@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -10,6 +12,11 @@ class UserError(ValueError):
 
     The command line prints it and exits with status 2.
     """
+
+
+def is_live(stream: TextIO) -> bool:
+    """Whether a person watches a stream, so that a bar may move on it: a terminal, and not CI's."""
+    return os.environ.get("CI", "").lower() in ("", "0", "false") and stream.isatty()
 
 
 def say(line: str, every_rank: bool = False) -> None:

@@ -35,7 +35,7 @@ from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.commands.parser_errors import check_keys, condense, read_configs, read_options, refuse_ambiguous
 from rlhf_lit.commands.renamed import require_present_names
 from rlhf_lit.data.modules import TextDataModule
-from rlhf_lit.errors import UserError, say
+from rlhf_lit.errors import UserError, is_live, say
 from rlhf_lit.files import check_yaml
 from rlhf_lit.losses.advantages import AdvantageEstimator
 from rlhf_lit.losses.kl import KLController
@@ -369,7 +369,7 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
     from transformers.utils import logging as transformers_logging
 
-    if os.environ.get("CI") or not sys.stderr.isatty():
+    if not is_live(sys.stderr):
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a bar in a file is a thousand lines
     transformers_logging.disable_progress_bar()  # "Loading weights", for every model of a run
 

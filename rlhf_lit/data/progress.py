@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rlhf_lit.errors import say
+from rlhf_lit.errors import is_live, say
 
 SECONDS = 15.0  # between two lines where there is no terminal
 
@@ -20,11 +19,6 @@ class Advance(Protocol):
     def __call__(self, rows: int, done: float) -> None: ...
 
 
-def is_quiet() -> bool:
-    """No bar: in CI, in a pipe, in a file."""
-    return os.environ.get("CI", "").lower() not in ("", "0", "false") or not sys.stderr.isatty()
-
-
 @contextmanager
 def loading(name: str) -> Iterator[Advance]:
     """A bar with rows per second while rows are read and tokenised; of a pipe, a line every quarter of a minute.
@@ -32,7 +26,7 @@ def loading(name: str) -> Iterator[Advance]:
     Args:
         name: of what is loaded.
     """
-    if is_quiet():
+    if not is_live(sys.stderr):
         yield _lines(name)
         return
     from rich.console import Console

@@ -6,7 +6,7 @@ those of all rows, and a report.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from rlhf_lit.data.kinds import Demonstration, Judged, OnBadRow, Preference, Prompt, Ranking
@@ -44,9 +44,9 @@ __all__ = [
     "prompts",
     "ranking_reader",
     "rankings",
-    "read_into",
     "read_rows",
     "rows_of",
+    "stopped",
 ]
 
 R = TypeVar("R")
@@ -117,31 +117,17 @@ def prompts(rows: Sequence[Any], source: Source, *, on_bad_row: OnBadRow) -> tup
     return _all(prompt_reader(rows, source), rows, source, on_bad_row)
 
 
-def read_into(
-    report: RowReport,
-    reader: RowReader[R],
-    rows: Iterable[Any],
-    first: int,
-    source: Source,
-    on_bad_row: OnBadRow,
-    limit: int | None = None,
-) -> list[R]:
-    """The records of some rows of a file, and what became of them.
+def stopped(source: Source, row: int, reason: str) -> str:
+    """The line that ends a run at a bad row."""
+    return f"{source.path}, row {row}: {reason}; mend the row, or set on_bad_row to skip"
 
-    Args:
-        report: where they are counted, with the columns that were not used.
-        reader: of their file.
-        rows: some of it, one behind the other.
-        first: the number of the first of them.
-        source: the file.
-        on_bad_row: what a row that cannot be used leads to. A tie is counted, and never ends a run.
-        limit: stop when there are so many records.
 
-    Raises:
-        UserError: a bad row where ``on_bad_row`` is ``error``.
-    """
+def _all(reader: RowReader[R], rows: Sequence[Any], source: Source, on_bad_row: OnBadRow) -> tuple[list[R], RowReport]:
+    """The records of all rows, up to the limit, and what became of them. A tie is counted, and never ends a run."""
+    report = reader.report(source)
+    limit = None if source.limit is None else source.limit * reader.per_row
     records: list[R] = []
-    for number, raw in enumerate(rows, start=first):
+    for number, raw in enumerate(rows):
         if limit is not None and len(records) >= limit:
             break
         report.unused |= reader.unused(raw)
@@ -153,20 +139,9 @@ def read_into(
                 records += reader.read(part, number)
             except BadRow as reason:
                 if on_bad_row == "error" and not isinstance(reason, Tie):
-                    raise UserError(
-                        f"{source.path}, row {number}: {reason}; mend the row, or set on_bad_row to skip"
-                    ) from reason
+                    raise UserError(stopped(source, number, str(reason))) from reason
                 report.skip(str(reason), number)
-    report.used += len(records)
-    return records
-
-
-def _all(reader: RowReader[R], rows: Sequence[Any], source: Source, on_bad_row: OnBadRow) -> tuple[list[R], RowReport]:
-    if source.limit is not None and source.limit < 1:
-        raise UserError(f"{source.path}: limit must be at least 1, not {source.limit}")
-    report = reader.report(source)
-    limit = None if source.limit is None else source.limit * reader.per_row
-    records = read_into(report, reader, rows, 0, source, on_bad_row, limit)
+    report.used = len(records)
     if not records:
         raise UserError(f"no usable row in {source.path}: {report.summary()}")
     return records, report

@@ -50,17 +50,6 @@ class RowReport:
         self.used -= 1
         self.skip(reason, row)
 
-    def add(self, later: RowReport) -> None:
-        """Take in the report of the same file's rows that follow."""
-        self.total += later.total
-        self.used += later.used
-        self.unused |= later.unused
-        self.notes += [note for note in later.notes if note not in self.notes]
-        for reason, count in later.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-            shown = self.first_rows.setdefault(reason, [])
-            shown += later.first_rows[reason][: SHOWN_ROWS - len(shown)]
-
     def as_json(self) -> dict[str, Any]:
         """What :meth:`from_json` makes the report of."""
         return {**asdict(self), "unused": sorted(self.unused)}

@@ -11,11 +11,10 @@ import numpy as np
 from rlhf_lit.batches import ExperienceBatch, PromptBatch
 from rlhf_lit.data import records
 from rlhf_lit.data.chat import Conversation, Encoded
-from rlhf_lit.data.records import RowReader, RowReport
+from rlhf_lit.data.records import RowReader, RowReport, stopped
 from rlhf_lit.data.sources import Source
 from rlhf_lit.data.store import Columns, Rows
 from rlhf_lit.data.text_module import TextDataModule
-from rlhf_lit.data.tokens import stopped
 from rlhf_lit.data.truncation import truncate_prompt
 from rlhf_lit.errors import UserError, say
 from rlhf_lit.rollout.loop import RolloutLoader
@@ -68,7 +67,7 @@ class RolloutDataModule(TextDataModule):
                 f"data.batch_size: {batch_size} does not divide the {rollout_size * samples_per_prompt} episodes of a "
                 "rollout (rollout_size × samples_per_prompt)"
             )
-        if any(source.streaming for source in self.sources["train"]):
+        if any(source.is_stream for source in self.sources["train"]):
             raise UserError("data.train.streaming: a rollout needs its prompts at hand; leave it out, or set a limit")
         self.rollout_size = rollout_size
         self.samples_per_prompt = samples_per_prompt

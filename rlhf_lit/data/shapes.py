@@ -22,7 +22,7 @@ from rlhf_lit.data.trees import is_tree
 from rlhf_lit.data.verdicts import GIVERS, Verdict, verdict_by, verdict_of
 from rlhf_lit.errors import UserError
 
-FIRST_ROWS = 10_000
+FIRST_ROWS = 10_000  # of a file, by which its shape is found
 
 Form = Literal["chat", "answer", "pair", "versus", "list", "text", "prompt"]
 """A conversation; prompt and answer; chosen and rejected; two answers and a verdict; a list of answers; raw text; a

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -23,14 +23,14 @@ __all__ = [
     "ColumnName",
     "RowFile",
     "Source",
+    "check_sources",
     "is_local_file",
     "open_rows",
     "read_rows",
-    "require_one_world",
     "rows_of",
 ]
 
-CHUNK = 1000  # rows that are parsed at a time where all of them are wanted
+CHUNK = 1000  # rows that are parsed at a time
 
 ColumnName = str | dict[str, str | int | bool] | None
 """A column of a file, or a template over several; a verdict's meaning; null of a verdict that is none."""
@@ -54,13 +54,14 @@ class Source:
             where rows are lists inside of what the file has, e.g. `{rows: data.examples}`.
         limit: read usable rows until there are this many; all of them where it is null.
         world: the built-in world, where the path is `playground`; null is its default make-up.
-        weight: share of a mixture, in proportion to those of the others.
-        streaming: read as training goes on; nothing is written to disk.
+        weight: share of a mixture of training rows, in proportion to those of the others.
+        streaming: of training rows: read as training goes on; nothing is written to disk. With a `limit`, of any rows:
+            no more of a hub data set is fetched than it needs, and these rows are kept like others.
         delimiter: between the cells of a .csv or .tsv file; null is a comma or a tab.
 
     Raises:
-        UserError: a ``world`` of its own beside another path, a weight that is no share, or a delimiter that is not one
-            character.
+        UserError: a ``world`` of its own beside another path, a limit below 1, a weight that is no share, or a
+            delimiter that is not one character.
     """
 
     path: str
@@ -78,10 +79,17 @@ class Source:
             raise UserError(
                 f"world: it makes up the rows of the path {PLAYGROUND} alone, not those of {self.path}; set it to null"
             )
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"{self.path}: limit must be at least 1, not {self.limit}")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise UserError(f"{self.path}: weight must be above 0, not {self.weight}")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '\r\n"'):
             raise UserError(f'{self.path}: delimiter must be one character, not {self.delimiter!r} (a tab is "\\t")')
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether its rows have no number beforehand; with a limit they are a file like any other."""
+        return self.streaming and self.limit is None
 
     @property
     def label(self) -> str:
@@ -99,16 +107,42 @@ def is_local_file(path: str) -> bool:
     return file.is_file() or (kind_of(path) in READERS and not file.is_dir())
 
 
-def require_one_world(sources: Mapping[str, Source | None]) -> None:
+def _require_one_world(sources: Mapping[str, Sequence[Source]]) -> None:
     """Refuse parts of different built-in worlds, whose splits overlap. Raises UserError."""
-    parts = {name: source for name, source in sources.items() if source is not None and source.path == PLAYGROUND}
-    seeds = {name: (source.world or World()).seed for name, source in parts.items()}
-    for (first, one), (name, other) in pairwise(seeds.items()):
+    parts = [(name, source) for name, some in sources.items() for source in some if source.path == PLAYGROUND]
+    seeds = [(name, (source.world or World()).seed) for name, source in parts]
+    for (first, one), (name, other) in pairwise(seeds):
         if one != other:
             raise UserError(
                 f"data.{name}.world.seed: {other} splits the built-in world otherwise than data.{first}.world.seed: "
                 f"{one}, so that prompts of one may be in the other; set both alike"
             )
+
+
+def check_sources(sources: Mapping[str, Sequence[Source]], held_out: float) -> None:
+    """Refuse sources that do not go together.
+
+    Args:
+        sources: by split, several of a mixture.
+        held_out: fraction of the training rows that validation gets.
+
+    Raises:
+        UserError: different built-in worlds, a mixture or a split of streams, or a stream or weight beside training.
+    """
+    _require_one_world(sources)
+    for name, some in sources.items():
+        streamed = any(source.is_stream for source in some)
+        if name == "train":
+            if streamed and len(some) > 1:
+                raise UserError("data.train: a mixture cannot be streamed; leave streaming out, or set limits")
+            if streamed and held_out:
+                raise UserError("data.validation_fraction: rows that are streamed cannot be split; set data.validation")
+        elif streamed:
+            raise UserError(
+                f"data.{name}.streaming: training rows alone are read as training goes on; leave it out, or set a limit"
+            )
+        elif any(source.weight != 1 for source in some):
+            raise UserError(f"data.{name}.weight: training rows alone are mixed; leave it out")
 
 
 def open_rows(source: Source, wanted: Wanted) -> RowFile:

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lit.batches import Record
+from rlhf_lit.data.sources import CHUNK
 from rlhf_lit.data.store import ArrowRows, Rows
 from rlhf_lit.data.tokens import Loading
 from rlhf_lit.errors import UserError
 from rlhf_lit.randomness import permutation
+
+REST = CHUNK  # rows at the end of a file that make no block of their own, where the buffer is no smaller
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,12 @@ class Block:
     """Rows that are shuffled together.
 
     Attributes:
-        rows: as many as the buffer holds; fewer at the end of the file.
+        rows: as many as the buffer holds; at the end of the file more or fewer.
         chunk: of the file, in which the next block begins.
         used: usable rows of that chunk which belong to earlier blocks.
     """
 
-    rows: Rows
+    rows: ArrowRows
     chunk: int
     used: int
 
@@ -39,7 +42,7 @@ class Stream:
     Args:
         load: reads and tokenises.
         buffer: rows of a block.
-        completed: what a data module adds to rows with regard to one another.
+        completed: the rows of a block with what depends on the others among them.
     """
 
     def __init__(self, load: Loading, buffer: int, completed: Callable[[Rows], Rows]) -> None:
@@ -48,7 +51,7 @@ class Stream:
         self.completed = completed
 
     def first(self) -> Rows:
-        """The first block.
+        """The rows of the first block, not completed.
 
         Raises:
             UserError: there is no usable row.
@@ -59,10 +62,12 @@ class Stream:
         return block.rows
 
     def blocks(self, chunk: int = 0, used: int = 0) -> Iterator[Block]:
-        """The blocks of one pass, from a place on that an earlier block named."""
+        """The blocks of one pass, from a place on that an earlier block named. A short rest of the file is part of the
+        last one: alone it would hardly be shuffled, and may be a single prompt's rows."""
         _, parts = self.load.parts(lambda rows, done: None, skip=chunk)
         batches: list[Any] = []
         held = 0
+        full: Block | None = None
         for number, part in enumerate(parts, chunk):
             batch = part.batch.slice(used)
             while batch.num_rows:
@@ -71,12 +76,18 @@ class Stream:
                 held += taken.num_rows
                 used += taken.num_rows
                 batch = batch.slice(taken.num_rows)
+                if full is not None and held >= min(self.buffer, REST):
+                    yield full
+                    full = None
                 if held == self.buffer:
-                    yield Block(self.completed(ArrowRows(batches)), number, used)
+                    full = Block(ArrowRows(batches), number, used)
                     batches, held = [], 0
             used = 0
-        if held:
-            yield Block(self.completed(ArrowRows(batches)), number + 1, 0)
+        if full is not None and not held:
+            yield full
+        elif held:
+            before = full.rows.batches if full is not None else ()
+            yield Block(ArrowRows([*before, *batches]), number + 1, 0)
 
 
 class StreamLoader:
@@ -125,7 +136,8 @@ class StreamLoader:
             place = self.place
             for block in self.stream.blocks(place["chunk"], place["used"]):
                 place = self.place
-                order = permutation(len(block.rows), "shuffle", place["epoch"], place["block"]).tolist()
+                rows = self.stream.completed(block.rows)
+                order = permutation(len(rows), "shuffle", place["epoch"], place["block"]).tolist()
                 following = {
                     "epoch": place["epoch"],
                     "block": place["block"] + 1,
@@ -133,11 +145,13 @@ class StreamLoader:
                     "used": block.used,
                     "position": 0,
                 }
+                if place["position"] * self.batch_size >= len(order):  # of a run with smaller batches
+                    self.place = following
                 for start in range(place["position"] * self.batch_size, len(order), self.batch_size):
                     last = start + self.batch_size >= len(order)
                     self.place = following if last else {**self.place, "position": start // self.batch_size + 1}
-                    rows = order[start : start + self.batch_size][self.rank :: self.world]
-                    yield self.collate([block.rows[i] for i in rows])
+                    own = order[start : start + self.batch_size][self.rank :: self.world]
+                    yield self.collate([rows[i] for i in own])
             self.place = {"epoch": self.place["epoch"] + 1, "block": 0, "chunk": 0, "used": 0, "position": 0}
 
     def state_dict(self) -> dict[str, int]:

@@ -18,11 +18,11 @@ from rlhf_lit.batches import Batch, PromptBatch, Record, Sequences
 from rlhf_lit.data.chat import ChatFormat, Conversation, Encoded, Template
 from rlhf_lit.data.loader import BatchLoader
 from rlhf_lit.data.mixture import Order, in_shares, mixed_order, shuffled
-from rlhf_lit.data.records import OnBadRow, RowReader, RowReport
-from rlhf_lit.data.sources import Source, open_rows, require_one_world
+from rlhf_lit.data.records import OnBadRow, RowReader, RowReport, stopped
+from rlhf_lit.data.sources import Source, check_sources, open_rows
 from rlhf_lit.data.store import Columns, Rows, held_out, joined, schema_of
 from rlhf_lit.data.stream import Stream, StreamLoader
-from rlhf_lit.data.tokens import Loading, Work, code_of, key_of, stopped, tokenised
+from rlhf_lit.data.tokens import Loading, Work, code_of, key_of, tokenised
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
 from rlhf_lit.errors import UserError, say
 from rlhf_lit.playground import Wanted
@@ -85,16 +85,11 @@ class TextDataModule(LightningDataModule):
             raise UserError(f"data.validation_fraction must lie in [0, 1), not {validation_fraction}")
         if validation is not None and validation_fraction:
             raise UserError("data.validation_fraction: leave it out where data.validation names rows of its own")
-        mixed = train if isinstance(train, list) else [] if train is None else [train]
-        self.sources: dict[str, list[Source]] = {"train": mixed}
-        for split, source in (("validation", validation), ("test", test), ("predict", predict)):
-            self.sources[split] = [] if source is None else [source]
-        require_one_world({name: source for name, some in self.sources.items() for source in some})
-        if any(source.streaming for source in mixed):
-            if len(mixed) > 1:
-                raise UserError("data.train: a mixture cannot be streamed; leave streaming out, or name one source")
-            if validation_fraction:
-                raise UserError("data.validation_fraction: rows that are streamed cannot be split; set data.validation")
+        self.sources = {
+            name: some if isinstance(some, list) else [] if some is None else [some]
+            for name, some in (("train", train), ("validation", validation), ("test", test), ("predict", predict))
+        }
+        check_sources(self.sources, validation_fraction)
         self.validation_fraction = validation_fraction
         self.batch_size = batch_size
         self.micro_batch_tokens = micro_batch_tokens
@@ -254,7 +249,7 @@ class TextDataModule(LightningDataModule):
         load = Loading(
             name, source, open_rows(source, self.wanted), partial(self._work, source), self.on_bad_row, self.workers
         )
-        if name == "train" and source.streaming and source.limit is None:
+        if source.is_stream:
             # A block is a whole number of batches.
             buffer = max(1, self.stream_buffer // self.batch_size) * self.batch_size
             self.stream = Stream(load, buffer, self.completed)
@@ -346,7 +341,16 @@ class TextDataModule(LightningDataModule):
             yield self.collate(rows[start : start + self.batch_size])
 
     def rows_seen(self, name: str) -> Sequence[Mapping[str, Any]]:
-        """The rows of a split that the trainer's limits leave to the present run, however far it has come."""
+        """The rows of a split that the trainer's limits leave to the present run, however far it has come.
+
+        Raises:
+            UserError: the rows are streamed.
+        """
+        if name == "train" and self.stream is not None:
+            raise UserError(
+                "reference.precompute: rows that are streamed are not known beforehand; set it to false, or leave "
+                "data.train.streaming out"
+            )
         assert self.trainer is not None
         trainer = self.trainer
         rows: Sequence[Any] = self.examples.get(name) or []

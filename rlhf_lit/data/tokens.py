@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,16 @@ from filelock import FileLock
 from rlhf_lit.data import store
 from rlhf_lit.data.chat import Conversation, Encoded
 from rlhf_lit.data.progress import Advance, loading
-from rlhf_lit.data.records import OnBadRow, RowReader, RowReport
+from rlhf_lit.data.records import OnBadRow, RowReader, RowReport, stopped
 from rlhf_lit.data.rows import BadRow, Tie
-from rlhf_lit.data.sources import Chunk, RowFile, Source
+from rlhf_lit.data.shapes import FIRST_ROWS
+from rlhf_lit.data.sources import CHUNK, Chunk, RowFile, Source
 from rlhf_lit.data.store import StoredRows
 from rlhf_lit.errors import UserError, say
 from rlhf_lit.files import atomic
 
 # Part of a store's key: raise it when the same file would give other rows.
 TOKENISATION_VERSION = 3
-CHUNK = 1000  # rows that a process reads at once
-FIRST_ROWS = 10_000  # that decide what shape a file has; no process is started for fewer
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Part:
 
     def first(self, count: int) -> Part:
         """The part up to its ``count``-th record, whose row is the last that was looked at."""
-        if len(self.looked_at) <= count:
+        if len(self.looked_at) < count:
             return self
         kept = sum(place < count for place in self.places)
         return replace(
@@ -171,6 +170,9 @@ class Loading:
         work_of: the work on it, once its first rows are known.
         on_bad_row: `skip` counts bad rows, `error` stops at the first.
         workers: processes; None is as many as there are cores.
+
+    Attributes:
+        report: what became of the rows that were read since ``parts`` was last called.
     """
 
     name: str
@@ -179,9 +181,7 @@ class Loading:
     work_of: Callable[[list[Any]], Work]
     on_bad_row: OnBadRow
     workers: int | None
-
-    def __post_init__(self) -> None:
-        self.report = RowReport(self.source.label)
+    report: RowReport = field(init=False)
 
     def write(self, path: Path) -> None:
         """Read everything and write the store.
@@ -190,7 +190,6 @@ class Loading:
             UserError: no known shape, a bad row where ``on_bad_row`` is ``error``, or no usable row.
             OSError: it cannot be written there.
         """
-        self.__post_init__()
         with loading(self.name) as advance:
             schema, parts = self.parts(advance)
             store.write(path, schema, (part.batch for part in parts), self.report.as_json)
@@ -215,8 +214,9 @@ class Loading:
             if len(rows) >= FIRST_ROWS:
                 break
         work = self.work_of(rows)
-        self.report.notes, self.report.unused_are = work.reader.notes(), work.reader.unused_are
+        self.report = work.reader.report(self.source)
         processes = self.workers or cores()
+        # No process is started for a small file.
         if len(rows) < FIRST_ROWS or "fork" not in multiprocessing.get_all_start_methods():
             processes = 1
         wanted = islice(chain(first, chunks), skip, None)
@@ -244,11 +244,6 @@ class Loading:
             yield part
             if limit is not None and found >= limit:
                 return
-
-
-def stopped(source: Source, row: int, reason: str) -> str:
-    """The line that ends a run at a bad row."""
-    return f"{source.path}, row {row}: {reason}; mend the row, or set on_bad_row to skip"
 
 
 def cores() -> int:

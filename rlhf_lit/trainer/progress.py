@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,14 +12,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rlhf_lit.errors import is_live
 from rlhf_lit.files import short_path
 from rlhf_lit.runs import EXPORT
 
 
 def progress_bar() -> ProgressBar:
     """A live bar on a terminal; a line now and then in CI, in a file or in a pipe."""
-    quiet = os.environ.get("CI", "").lower() not in ("", "0", "false") or not sys.stdout.isatty()
-    return PlainProgress() if quiet else LiveProgress()
+    return LiveProgress() if is_live(sys.stdout) else PlainProgress()
 
 
 def _number(value: Any) -> str:

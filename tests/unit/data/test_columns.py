@@ -16,7 +16,6 @@ from rlhf_lit.data.modules import PreferenceDataModule, SFTDataModule
 from rlhf_lit.data.readers import preference_reader
 from rlhf_lit.data.records import (
     Message,
-    RowReport,
     Source,
     demonstration_reader,
     demonstrations,
@@ -285,16 +284,6 @@ def test_of_prompts_only_what_may_belong_to_them_is_named() -> None:
     assert prompt_reader([row], mapped(label="gold")).unused(row) == {"context"}
     _, report = prompts([row], mapped(label="gold"), on_bad_row="error")
     assert report.remarks() == ["rows.jsonl: columns that are no part of a prompt, for rewards alone: context"]
-
-
-def test_reports_of_parts_add_up() -> None:
-    whole, later = RowReport("f", 3, 2, unused={"a"}, notes=["n"]), RowReport("f", 4, 2, unused={"b"}, notes=["n"])
-    whole.skip("empty", 1)
-    for row in (4, 5):
-        later.skip("empty", row)
-    whole.add(later)
-    assert whole.summary() == "f: 4 of 7 rows used; skipped 3 empty (rows 1, 4, 5)"
-    assert (whole.unused, whole.notes) == ({"a", "b"}, ["n"])
 
 
 # --- through the data modules ----------------------------------------------------------------------------------------

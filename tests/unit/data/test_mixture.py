@@ -15,6 +15,7 @@ from rlhf_lit.data.mixture import in_shares, mixed_order, shares, shuffled
 from rlhf_lit.data.modules import RolloutDataModule, SFTDataModule
 from rlhf_lit.data.sources import Source
 from rlhf_lit.errors import UserError
+from rlhf_lit.playground import World
 from tests.unit.data.test_modules import ready
 
 ROWS = {
@@ -134,6 +135,14 @@ def test_words() -> None:
     assert in_shares(["a", "b"], [1, 3], [1, 1]) == (
         "an epoch is 4 rows: a 50.0% (2 of 1 rows, 2.00 passes), b 50.0% (2 of 3 rows, 0.67 passes)"
     )
+
+
+def test_a_mixture_has_one_built_in_world() -> None:
+    train = [Source("playground", world=World(seed=1)), Source("playground")]
+    with pytest.raises(
+        UserError, match=r"data\.train\.world\.seed: 0 splits the built-in world otherwise than data\.train"
+    ):
+        SFTDataModule(train, validation=Source("playground", split="held_out"))
 
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])

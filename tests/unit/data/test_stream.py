@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_lit.data import tokens
+from rlhf_lit.data import modules, tokens
 from rlhf_lit.data.loader import BatchLoader
 from rlhf_lit.data.modules import RolloutDataModule, SFTDataModule, UnpairedDataModule
 from rlhf_lit.data.sources import Source
@@ -126,6 +126,41 @@ def test_what_a_stream_cannot_be(file: Path, build: Any, line: str) -> None:
         build(Source(str(file), streaming=True))
 
 
+def test_with_a_limit_it_is_a_file_everywhere(file: Path) -> None:
+    """No whole set is fetched for some rows of it: of a mixture, a rollout, or what is split or validated."""
+    some = Source(str(file), streaming=True, limit=20)
+    mixed = ready(SFTDataModule([some, some], cache=None))
+    assert len(mixed.examples["train"]) == 40
+    split = ready(SFTDataModule(some, validation_fraction=0.25, cache=None))
+    assert len(split.examples["validation"]) == 5
+    assert len(ready(RolloutDataModule(some, cache=None)).examples["train"]) == 20
+    assert len(ready(SFTDataModule(some, validation=some, cache=None)).examples["validation"]) == 20
+
+
+@pytest.mark.parametrize("split", ["validation", "test", "predict"])
+def test_only_training_rows_are_streamed_or_weighted(file: Path, split: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.{split}\.streaming: training rows alone are read as training goes on"):
+        SFTDataModule(**{split: Source(str(file), streaming=True)})
+    with pytest.raises(UserError, match=rf"data\.{split}\.weight: training rows alone are mixed"):
+        SFTDataModule(**{split: Source(str(file), weight=2)})
+
+
+def test_a_reference_cannot_know_a_stream_beforehand(file: Path) -> None:
+    module = streamed(file)
+    with pytest.raises(UserError, match=r"reference\.precompute: .* streamed"):
+        module.rows_seen("train")
+
+
+def test_a_place_beyond_the_block_is_the_next_block(file: Path) -> None:
+    """As after a change of the batch size: no block is passed over for it."""
+    module = streamed(file, steps=3)
+    loader = module.train_dataloader()
+    loader.load_state_dict({"epoch": 0, "block": 0, "chunk": 0, "used": 0, "position": 9})
+    first = next(iter(loader))
+    usable = sorted(set(range(COUNT)) - {3, 30})
+    assert set(numbers(module, first)) <= set(usable[16:32])
+
+
 def test_a_run_does_not_change_between_a_stream_and_a_file(file: Path) -> None:
     module = streamed(file)
     stream = module.train_dataloader()
@@ -166,3 +201,26 @@ def test_what_the_hub_streams_resumes_too(file: Path, tmp_path: Path, step: int)
     again.load_state_dict(loader.state_dict())
     rest = iter(again)
     assert before + [numbers(resumed, next(rest)) for _ in range(20 - step)] == expected
+
+
+def test_a_rest_too_short_for_mismatched_answers_is_part_of_the_last_block(tmp_path: Path) -> None:
+    """17 rows in blocks of 8: the last one alone has no other prompt beside it."""
+    path = tmp_path / "judged.jsonl"
+    rows = [{"prompt": f"what is {i}?", "completion": f"{i}.", "label": i % 2 == 0} for i in range(17)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = UnpairedDataModule(Source(str(path), streaming=True), batch_size=4, stream_buffer=8)
+    ready(module)
+    module.trainer.max_steps = 10
+    batches = [numbers(module, batch) for batch in module.train_dataloader()]
+    assert sorted(row for batch in batches[:5] for row in batch) == list(range(17))
+    assert sorted(row for batch in batches[:2] for row in batch) == list(range(8))
+
+
+def test_mismatched_answers_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "judged.jsonl"
+    rows = [{"prompt": f"what is {i}?", "completion": f"{i}.", "label": True} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = []
+    monkeypatch.setattr(modules, "MismatchedRows", lambda rows, _: made.append(len(rows)) or rows)
+    ready(UnpairedDataModule(Source(str(path), streaming=True), batch_size=4))
+    assert made == [8]

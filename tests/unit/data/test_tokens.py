@@ -73,6 +73,21 @@ def test_the_report_of_a_limit_ends_where_reading_does(file: Path) -> None:
     assert report.counts == {"null prompt": len(BAD), "over-long": len(LONG)}
 
 
+def test_a_limit_that_the_chunk_just_has_looks_no_further(tmp_path: Path) -> None:
+    """Five good rows and a bad one: the fifth is the last that is looked at."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"what is {i}?", "completion": f"{i}." if i < 5 else None} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = module(path, 5, on_bad_row="error", cache=None).reports["train"]
+    assert (report.total, report.used, report.counts) == (5, 5, {})
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_is_a_number_of_rows(limit: int) -> None:
+    with pytest.raises(UserError, match=f"rows.jsonl: limit must be at least 1, not {limit}"):
+        Source("rows.jsonl", limit=limit)
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_stops_at_the_first_bad_row(file: Path, workers: int) -> None:
@@ -230,9 +245,14 @@ def test_a_pipe_has_a_line_now_and_then(clock: Callable[[float], None], capsys: 
     assert capsys.readouterr().err == "train: 40,000 rows read (20%), 2,000 rows/s\n"
 
 
-def test_a_terminal_has_a_bar_and_ci_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("ci", "lines"), [("", ""), ("true", "train: 5 rows read (50%), 0 rows/s\n")])
+def test_a_terminal_has_a_bar_and_ci_has_lines(
+    ci: str, lines: str, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setenv("CI", "")
-    assert not progress.is_quiet()
-    monkeypatch.setenv("CI", "true")
-    assert progress.is_quiet()
+    monkeypatch.setenv("CI", ci)
+    with progress.loading("train") as advance:
+        clock(20)
+        advance(5, 0.5)
+    said = capsys.readouterr().err
+    assert said == lines if lines else "reading" in said
