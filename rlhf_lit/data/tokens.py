@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -268,7 +269,11 @@ def _do(chunk: Chunk) -> Part:
 
 
 def _in_order(work: Work, chunks: Iterable[Chunk], processes: int) -> Iterator[Part]:
-    """The parts in the order of the chunks, a few of which are under way at a time."""
+    """The parts in the order of the chunks, a few of which are under way at a time.
+
+    Raises:
+        UserError: a process was killed.
+    """
     if processes == 1:
         for chunk in chunks:
             # What stands in memory already is not looked through for garbage each time that rows fill some of it, which
@@ -290,6 +295,11 @@ def _in_order(work: Work, chunks: Iterable[Chunk], processes: int) -> Iterator[P
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"data.workers: one of {processes} processes that tokenise was killed, perhaps for want of memory; set "
+                "fewer, such as 1"
+            ) from error
         finally:
             for future in waiting:
                 future.cancel()

@@ -95,6 +95,21 @@ def test_an_error_stops_at_the_first_bad_row(file: Path, workers: int) -> None:
         module(file, on_bad_row="error", workers=workers, cache=None)
 
 
+class Dying(SFTDataModule):
+    """The system kills the process that has row 31."""
+
+    def row(self, record: Any, encoded: Any) -> Any:
+        if record.row == 31:
+            os.kill(os.getpid(), 9)
+        return super().row(record, encoded)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_killed_process_is_one_line(file: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.workers: one of 2 processes that tokenise was killed"):
+        ready(Dying(Source(str(file)), workers=2, cache=None))
+
+
 def test_what_a_store_says_of_bad_rows_stops_a_run_that_allows_none(file: Path, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     module(file, cache=cache)
