@@ -350,7 +350,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             assert main([*argv, f"--name={name}"]) == 0
             result.take(run, place / "runs" / name)
     yield result
-    for module in ("my_losses", "my_rewards", "my_source", "my_kl", "simpo", "cispo", "reinforce", *TESTS):
+    for module in ("my_losses", "my_rewards", "my_source", "my_kl", "simpo", "openings", "cispo", "reinforce", *TESTS):
         sys.modules.pop(module, None)
     torch.set_grad_enabled(True)
 
