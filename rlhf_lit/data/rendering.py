@@ -94,9 +94,13 @@ class Renderer:
             text = self.template.render(turns, tools)
         if any(not _is_told(text, turn) for turn in turns if turn.tool_calls):
             return "the chat template leaves out a part of a turn with tool calls"
-        prompt = self.template.render(turns[:answer], tools, answer_next=True)
+        places = self._finder.places(text, turns, tools)
+        if places is not None and answer in places:
+            prompt = text[: places[answer][0]]
+        else:
+            prompt = self.template.render(turns[:answer], tools, answer_next=True)
         shown = messages[0].content if conversation.answer == 1 else self.without_bos(prompt)
-        spans, in_blocks = self._place(text, blocks, turns, tools, answers, wanted)
+        spans, in_blocks = self._place(text, blocks, places, turns, tools, answers, wanted)
         lost = len(set(wanted) - {span.message for span in spans})
         last = len(turns) - 1 if turns and turns[-1].role == "assistant" else None
         return Rendered(text, prompt, shown, spans, in_blocks, last, lost)
@@ -105,6 +109,7 @@ class Renderer:
         self,
         text: str,
         blocks: list[tuple[int, int]] | None,
+        places: dict[int, tuple[int, int]] | None,
         turns: Sequence[Message],
         tools: Sequence[Any],
         answers: Sequence[int],
@@ -114,7 +119,10 @@ class Renderer:
         if blocks is not None and len(blocks) == len(answers):
             of_answer = dict(zip(answers, blocks, strict=True))
             return [Span(i, *of_answer[i]) for i in wanted], True
-        found = [span for span in self._finder.find(text, turns, tools, wanted) if span is not None]
+        if places is not None:
+            found = [Span(i, *places[i]) for i in wanted]
+        else:
+            found = [span for span in self._finder.one_by_one(text, turns, tools, wanted) if span is not None]
         if blocks is None:
             return found, False
         # A template that marks some answers alone, or one of them in several parts.

@@ -52,20 +52,20 @@ class Layout:
     trimmed: tuple[bool, ...]
     answers: dict[int, tuple[int, int]]
 
-    def find(self, text: str, messages: Sequence[Message], wanted: Sequence[int]) -> list[Span] | None:
-        """The wanted answers in a text; None where it is not written as the layout says."""
+    def places(self, text: str, messages: Sequence[Message]) -> dict[int, tuple[int, int]] | None:
+        """First character and end of each answer in a text; None where it is not written as the layout says."""
         at = 0
         pieces: list[str] = []
         contents = []
         for before, message, trimmed in zip(self.between, messages, self.trimmed, strict=False):
             content = message.content.strip() if trimmed else message.content
             start = at + len(before)
-            contents.append((at, start, start + len(content)))
+            contents.append((at, start + len(content)))
             at = start + len(content)
             pieces += before, content
         if "".join((*pieces, self.between[-1])) != text:
             return None
-        return [Span(i, contents[i][0] + self.answers[i][0], contents[i][2] + self.answers[i][1]) for i in wanted]
+        return {i: (contents[i][0] + opens, contents[i][1] + closes) for i, (opens, closes) in self.answers.items()}
 
 
 class AnswerFinder:
@@ -75,15 +75,23 @@ class AnswerFinder:
         self._template = template
         self._layouts: dict[tuple[str, ...], Layout | None] = {}
 
-    def find(
+    def places(self, text: str, messages: Sequence[Message], tools: Sequence[Any]) -> dict[int, tuple[int, int]] | None:
+        """First character and end of each answer in the text of a whole conversation.
+
+        What stands before an answer is then the text of the turns before it, with what opens an answer.
+
+        Returns:
+            None where the text is not as the template writes turns of these roles: ``one_by_one`` may find them.
+        """
+        if tools or any(message.tool_calls or message.extra for message in messages):
+            return None
+        layout = self._layout(tuple(message.role for message in messages))
+        return layout.places(text, messages) if layout else None
+
+    def one_by_one(
         self, text: str, messages: Sequence[Message], tools: Sequence[Any], wanted: Sequence[int]
     ) -> list[Span | None]:
         """The wanted turns in the text of the whole conversation, None for one that cannot be found."""
-        if not tools and not any(message.tool_calls or message.extra for message in messages):
-            layout = self._layout(tuple(message.role for message in messages))
-            spans = layout.find(text, messages, wanted) if layout else None
-            if spans is not None:
-                return list(spans)
         return _One(self._template, text, messages, tools).find(wanted)
 
     def _layout(self, roles: tuple[str, ...]) -> Layout | None:

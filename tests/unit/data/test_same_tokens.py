@@ -109,7 +109,10 @@ def digests(chat: ChatFormat, file: str) -> dict[int, str]:
         digest = rows.setdefault(record.row, hashlib.sha256())
         wholes = conversations(record)
         prompt = record.messages[:-1] if isinstance(record, records.Demonstration) else record.prompt
-        for one in (*chat.encode(wholes), *chat.prompts([Conversation(prompt, len(prompt), tools=record.tools)])):
+        encoded, asked = chat.encode(wholes), chat.prompts([Conversation(prompt, len(prompt), tools=record.tools)])
+        for one in encoded:
+            assert isinstance(one, str) or isinstance(asked[0], str) or one.prompt == asked[0].tokens
+        for one in (*encoded, *asked):
             if isinstance(one, str):
                 refused[record.row] = one
             else:
