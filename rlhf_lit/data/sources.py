@@ -26,6 +26,7 @@ __all__ = [
     "check_sources",
     "is_local_file",
     "open_rows",
+    "place_of",
     "read_rows",
     "rows_of",
 ]
@@ -143,6 +144,15 @@ def check_sources(sources: Mapping[str, Sequence[Source]], held_out: float) -> N
             )
         elif any(source.weight != 1 for source in some):
             raise UserError(f"data.{name}.weight: training rows alone are mixed; leave it out")
+
+
+def place_of(split: str, source: Source, among: Sequence[Source]) -> str:
+    """How messages name a source's part of a split; of a mixture with the file's name, numbered where two share it."""
+    if len(among) < 2:
+        return split
+    same = sum(other.label == source.label for other in among)
+    number = next(i for i, other in enumerate(among, 1) if other is source)
+    return f"{split} ({source.label})" if same == 1 else f"{split} ({number}: {source.label})"
 
 
 def open_rows(source: Source, wanted: Wanted) -> RowFile:

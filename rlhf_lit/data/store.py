@@ -11,6 +11,8 @@ from typing import Any, Literal, overload
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from rlhf_lit.errors import UserError
+
 Kind = Literal["tokens", "mask", "token lists", "masks", "ranks", "numbers", "number", "flag", "text"]
 """Of a column: tokens and mask of one sequence, those of several; integers, floats, one float, one bool; text."""
 
@@ -219,9 +221,18 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return parts[0] if len(parts) == 1 else JoinedRows(parts)
 
 
-def held_out(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
+def held_out(rows: Rows, fraction: float, label: str) -> tuple[Rows, Rows]:
     """The rows that are left, and the fraction that is held out: the same ones whatever the run's seed, so that arms of
-    a sweep are compared on the same rows."""
+    a sweep are compared on the same rows.
+
+    Raises:
+        UserError: no row is left of those that messages call ``label``.
+    """
     order = np.random.default_rng(0).permutation(len(rows))
     count = max(1, round(fraction * len(rows)))
+    if count >= len(rows):
+        raise UserError(
+            f"data.validation_fraction: {label} has {len(rows)} {'row' if len(rows) == 1 else 'rows'}, of which none "
+            "is left to train on; set data.validation"
+        )
     return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))

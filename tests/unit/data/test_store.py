@@ -132,7 +132,7 @@ def test_what_json_does_not_have_is_text() -> None:
 
 
 def test_a_fraction_is_held_out_by_place_alone(path: Path) -> None:
-    kept, held = held_out(StoredRows(path), 0.25)
+    kept, held = held_out(StoredRows(path), 0.25, "rows.jsonl")
     assert (len(kept), len(held)) == (9, 3)
     assert sorted(one["row"] for part in (kept, held) for one in part) == [10 * i for i in range(12)]
     assert [one["row"] for one in held] == sorted(one["row"] for one in held)
