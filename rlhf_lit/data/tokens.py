@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import inspect
 import json
-import multiprocessing
-import os
 import shutil
 import tempfile
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -28,6 +24,7 @@ from filelock import FileLock
 
 from rlhf_lit.data import store
 from rlhf_lit.data.chat import Conversation, Encoded
+from rlhf_lit.data.processes import cores, in_order
 from rlhf_lit.data.progress import Advance, loading
 from rlhf_lit.data.records import OnBadRow, RowReader, RowReport, stopped
 from rlhf_lit.data.rows import BadRow, Tie
@@ -214,12 +211,10 @@ class Loading:
                 break
         work = self.work_of(rows)
         self.report = work.reader.report(self.source)
-        processes = self.workers or cores()
         # No process is started for a small file.
-        if len(rows) < FIRST_ROWS or "fork" not in multiprocessing.get_all_start_methods():
-            processes = 1
+        processes = 1 if len(rows) < FIRST_ROWS else self.workers or cores()
         wanted = islice(chain(first, chunks), skip, None)
-        return work.schema, self._counted(work, _in_order(work, wanted, processes), advance)
+        return work.schema, self._counted(work, in_order(work, wanted, processes), advance)
 
     def _counted(self, work: Work, parts: Iterable[Part], advance: Advance) -> Iterator[Part]:
         """The parts as far as the limit reaches, their rows counted."""
@@ -243,46 +238,6 @@ class Loading:
             yield part
             if limit is not None and found >= limit:
                 return
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_work: Work | None = None
-
-
-def _start(work: Work) -> None:
-    """What a process keeps; it is forked, so that nothing of it is pickled."""
-    global _work
-    _work = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what is parallel, and threads do not survive it
-
-
-def _do(chunk: Chunk) -> Part:
-    assert _work is not None
-    return _work(chunk)
-
-
-def _in_order(work: Work, chunks: Iterable[Chunk], processes: int) -> Iterator[Part]:
-    """The parts in the order of the chunks, a few of which are under way at a time."""
-    if processes == 1:
-        yield from map(work, chunks)
-        return
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _start, (work,)) as pool:
-        waiting: deque[Any] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_do, chunk))
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def code_of(kind: type) -> list[str]:
