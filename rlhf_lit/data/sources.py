@@ -264,10 +264,14 @@ def _one_split(data: Mapping[str, Any], split: str | None, source: Source) -> An
 
 
 def _of_the_hub(source: Source, rows_at: str | None) -> RowFile:
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
     try:
-        data = load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
+        if source.streaming:
+            builder = load_dataset_builder(source.path, source.name)
+            data = builder.as_streaming_dataset(split=source.split)
+        else:
+            data = load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the hub client, fsspec and datasets raise unrelated kinds
         raise UserError(
             f"cannot load '{source.path}' (split '{source.split}'): no such local file, and as a hub data set: "
@@ -277,11 +281,13 @@ def _of_the_hub(source: Source, rows_at: str | None) -> RowFile:
         data = _one_split(data, None, source)
     if not source.streaming:
         return DatasetRows(source.label, data, rows_at)
+    files = getattr(builder.config, "data_files", None) or {}
+    commits = {str(split): some.origin_metadata for split, some in files.items()}
     known = (data.info.splits or {}).get(str(data.split))
     return StreamedRows(
         source.label,
         data,
-        (source.path, source.name, source.split, str(data.info.version)),
+        (source.path, source.name, source.split, builder.hash, commits),
         rows_at,
         known.num_examples if known else None,
     )
