@@ -241,15 +241,15 @@ class Loading:
 
 
 def code_of(kind: type) -> list[str]:
-    """The name of a data module, and the source text of what stands outside the package: code under change gives a
-    store of its own."""
+    """The name of a data module, and the source text of the files outside the package that it is made of: code under
+    change gives a store of its own. What is typed into an interpreter has no file."""
     own = [
         base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("rlhf_lit", "lightning", "builtins")
     ]
     texts = []
     for base in own:
         with suppress(OSError, TypeError):
-            texts.append(inspect.getsource(base))
+            texts.append(inspect.getsource(inspect.getmodule(base) or base))
     return [kind.__name__, *texts]
 
 

@@ -178,8 +178,8 @@ def test_code_under_change_has_a_store_of_its_own(file: Path, tmp_path: Path) ->
         folder = tmp_path / word
         folder.mkdir()
         (folder / f"own_{word}.py").write_text(
-            "from rlhf_lit.data.modules import SFTDataModule\n\n\nclass Own(SFTDataModule):\n"
-            f"    def row(self, record, encoded):\n        return '{word}' if record.row == 1 else "
+            f"from rlhf_lit.data.modules import SFTDataModule\n\nWORD = '{word}'\n\n\nclass Own(SFTDataModule):\n"
+            "    def row(self, record, encoded):\n        return WORD if record.row == 1 else "
             "super().row(record, encoded)\n"
         )
         sys.path.insert(0, str(folder))
