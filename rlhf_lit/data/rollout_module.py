@@ -13,7 +13,7 @@ from rlhf_lit.data import records
 from rlhf_lit.data.chat import Conversation, Encoded
 from rlhf_lit.data.records import RowReader, RowReport, stopped
 from rlhf_lit.data.sources import Source, place_of
-from rlhf_lit.data.store import Columns, Rows
+from rlhf_lit.data.store import ColumnTypes, Rows
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.data.truncation import truncate_prompt
 from rlhf_lit.errors import UserError, say
@@ -45,7 +45,7 @@ class RolloutDataModule(TextDataModule):
 
     gives = ExperienceBatch
     wanted = "prompts"
-    columns: ClassVar[Columns] = {"prompt": "tokens", "text": "text"}
+    columns: ClassVar[ColumnTypes] = {"prompt": "tokens", "text": "text"}
 
     def __init__(
         self,

@@ -13,12 +13,12 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from rlhf_lit.errors import UserError
 
-Kind = Literal["tokens", "mask", "token lists", "masks", "ranks", "numbers", "number", "flag", "text"]
+ColumnType = Literal["tokens", "mask", "token lists", "masks", "ranks", "numbers", "number", "flag", "text"]
 """Of a column: tokens and mask of one sequence, those of several; integers, floats, one float, one bool; text."""
 
-Columns = Mapping[str, Kind]
+ColumnTypes = Mapping[str, ColumnType]
 
-TYPES: dict[Kind, pa.DataType] = {
+TYPES: dict[ColumnType, pa.DataType] = {
     "tokens": pa.list_(pa.int32()),
     "mask": pa.list_(pa.bool_()),
     "token lists": pa.list_(pa.list_(pa.int32())),
@@ -35,7 +35,7 @@ _SUMMARY = b"summary"
 _as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def schema_of(columns: Columns) -> pa.Schema:
+def schema_of(columns: ColumnTypes) -> pa.Schema:
     """The Arrow schema of rows with these columns."""
     return pa.schema([*((name, TYPES[kind]) for name, kind in columns.items()), *OWN.items()])
 

@@ -20,7 +20,7 @@ from rlhf_lit.data.loader import BatchLoader
 from rlhf_lit.data.mixture import Order, in_shares, mixed_order, shuffled
 from rlhf_lit.data.records import OnBadRow, RowReader, RowReport, stopped
 from rlhf_lit.data.sources import Source, check_sources, open_rows, place_of
-from rlhf_lit.data.store import Columns, Rows, held_out, joined, schema_of
+from rlhf_lit.data.store import ColumnTypes, Rows, held_out, joined, schema_of
 from rlhf_lit.data.stream import Stream, StreamLoader
 from rlhf_lit.data.tokens import Loading, Work, code_of, key_of, tokenised
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
@@ -111,7 +111,7 @@ class TextDataModule(LightningDataModule):
 
     gives: type[Batch] | None = None  # the kind of batch that its rows make, where it says so
     wanted: Wanted  # what the built-in world makes up for it
-    columns: ClassVar[Columns]  # of its rows
+    columns: ClassVar[ColumnTypes]  # of its rows
 
     def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
         """What makes records of a source's rows, whose first ones are given.

@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_lit.data.store import (
     ArrowRows,
-    Columns,
+    ColumnTypes,
     JoinedRows,
     StoredRows,
     held_out,
@@ -24,7 +24,7 @@ from rlhf_lit.data.store import (
     write,
 )
 
-COLUMNS: Columns = {
+COLUMNS: ColumnTypes = {
     "tokens": "tokens",
     "mask": "mask",
     "answers": "token lists",
