@@ -11,8 +11,7 @@ from rlhf_lit.data import ranked_rows, reading, shapes
 from rlhf_lit.data.columns import Column
 from rlhf_lit.data.readers import MARGINS, TREE, RowReader
 from rlhf_lit.data.rows import BadRow, Row, Turns
-from rlhf_lit.data.shapes import Kind as WantedKind
-from rlhf_lit.data.shapes import Shape
+from rlhf_lit.data.shapes import RecordKind, Shape
 from rlhf_lit.data.sources import Source
 from rlhf_lit.data.trees import is_tree
 
@@ -93,7 +92,7 @@ def _reader(rows: Sequence[Any], source: Source) -> RowReader[Answered]:
     others = [row for row in first if not is_tree(row)]
     if len(others) < len(first) and not any(isinstance(row, Mapping) for row in others):
         return RowReader(TREE, _build, trees=True)
-    kind = WantedKind(
+    kind = RecordKind(
         "answers (prompt, question or instruction + completion, response, output or answer; messages; conversations; "
         "text; chosen + rejected; two answers with a verdict; prompt + answers or responses)",
         _candidates,

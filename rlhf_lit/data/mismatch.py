@@ -59,8 +59,9 @@ def _others(starts: list[int], lengths: list[int], prompts: list[int], max_lengt
     shortest = sorted(range(count), key=lambda i: lengths[i])
     others = np.empty(count, dtype=np.int64)
     for i in range(count):
-        following = (j % count for j in range(i + 1, i + count))
-        fits = (j for j in following if prompts[j] != prompts[i] and starts[i] + lengths[j] <= max_length)
-        other = next(fits, None)
-        others[i] = next(j for j in shortest if prompts[j] != prompts[i]) if other is None else other
+        other = next(j for j in shortest if prompts[j] != prompts[i])
+        if starts[i] + lengths[other] <= max_length:  # else none fits, and no row need be looked at
+            following = (j % count for j in range(i + 1, i + count))
+            other = next(j for j in following if prompts[j] != prompts[i] and starts[i] + lengths[j] <= max_length)
+        others[i] = other
     return others

@@ -15,7 +15,7 @@ from rlhf_lit.data.ranking_module import RankingDataModule
 from rlhf_lit.data.records import RowReader
 from rlhf_lit.data.rollout_module import RolloutDataModule
 from rlhf_lit.data.sources import Source
-from rlhf_lit.data.store import Columns, Rows
+from rlhf_lit.data.store import ColumnTypes, Rows
 from rlhf_lit.data.text_module import Answer, TextDataModule
 from rlhf_lit.data.truncation import truncate_pair, truncate_prompt
 
@@ -42,7 +42,7 @@ class SFTDataModule(TextDataModule):
 
     gives = SupervisedBatch
     wanted = "demonstrations"
-    columns: ClassVar[Columns] = {"tokens": "tokens", "mask": "mask", "prompt": "tokens", "text": "text"}
+    columns: ClassVar[ColumnTypes] = {"tokens": "tokens", "mask": "mask", "prompt": "tokens", "text": "text"}
 
     def __init__(
         self, train: Source | list[Source] | None = None, *, last_turn_only: bool = False, **rows: Any
@@ -87,7 +87,7 @@ class PreferenceDataModule(TextDataModule):
 
     gives = PreferenceBatch
     wanted = "pairs"
-    columns: ClassVar[Columns] = {
+    columns: ClassVar[ColumnTypes] = {
         "chosen": "tokens",
         "chosen_mask": "mask",
         "rejected": "tokens",
@@ -172,7 +172,7 @@ class UnpairedDataModule(TextDataModule):
 
     gives = UnpairedBatch
     wanted = "pairs"
-    columns: ClassVar[Columns] = {
+    columns: ClassVar[ColumnTypes] = {
         "tokens": "tokens",
         "mask": "mask",
         "desirable": "flag",

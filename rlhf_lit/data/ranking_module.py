@@ -12,7 +12,7 @@ from rlhf_lit.data import records
 from rlhf_lit.data.chat import Conversation, Encoded, answers_to
 from rlhf_lit.data.records import RowReader
 from rlhf_lit.data.sources import Source
-from rlhf_lit.data.store import Columns, Rows
+from rlhf_lit.data.store import ColumnTypes, Rows
 from rlhf_lit.data.text_module import Answer, TextDataModule
 from rlhf_lit.data.truncation import truncate_group
 from rlhf_lit.errors import UserError, say
@@ -31,7 +31,7 @@ class RankingDataModule(TextDataModule):
 
     gives = RankedBatch
     wanted = "ranked answers"
-    columns: ClassVar[Columns] = {
+    columns: ClassVar[ColumnTypes] = {
         "answers": "token lists",
         "masks": "masks",
         "ranks": "ranks",

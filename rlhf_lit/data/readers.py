@@ -10,10 +10,19 @@ from typing import Any, Generic, TypeVar
 from rlhf_lit.data import columns as c
 from rlhf_lit.data import ranked_rows, reading, shapes
 from rlhf_lit.data.columns import Column, Columns
-from rlhf_lit.data.kinds import Demonstration, Judged, Preference, Prompt, Ranking
 from rlhf_lit.data.reports import RowReport
-from rlhf_lit.data.rows import BadRow, Row, Unreadable, label
-from rlhf_lit.data.shapes import Kind, Shape
+from rlhf_lit.data.rows import (
+    BadRow,
+    Demonstration,
+    Judged,
+    Preference,
+    Prompt,
+    Ranking,
+    Row,
+    Unreadable,
+    label,
+)
+from rlhf_lit.data.shapes import RecordKind, Shape
 from rlhf_lit.data.sources import Source
 from rlhf_lit.data.trees import is_tree, lists_of_tree
 from rlhf_lit.errors import UserError
@@ -139,7 +148,7 @@ def demonstration_reader(first_rows: Sequence[Any], source: Source) -> RowReader
             yield from (shape for shape in shapes.chat(here) if shape.prompt is not None and shape.prompt.mapped)
         yield from shapes.raw_text(here)
 
-    kind = Kind(
+    kind = RecordKind(
         "demonstrations (instruction (+ input) + output or response; prompt + completion; question + answer; messages; "
         "conversations; text; chosen + rejected)",
         candidates,
@@ -170,7 +179,7 @@ def preference_reader(first_rows: Sequence[Any], source: Source, *, margins: boo
             f"{source.path}: rows of single answers with a label are no pairs: KTO with UnpairedDataModule learns from "
             "them (configs/dpo/kto.yaml)"
         )
-    kind = Kind(
+    kind = RecordKind(
         "preference pairs (prompt, question, instruction (+ input), messages or conversations + chosen + rejected; "
         "chosen + rejected as whole dialogues; two answers such as output_1 and output_2 with a verdict)",
         shapes.two_answers,
@@ -200,7 +209,7 @@ def judged_reader(first_rows: Sequence[Any], source: Source) -> RowReader[Judged
             yield from map(labelled(here), shapes.answer(here))
         yield from shapes.two_answers(here)
 
-    kind = Kind(
+    kind = RecordKind(
         "judged answers (prompt + completion, instruction (+ input) + output, messages or conversations, each with "
         "label; chosen + rejected; two answers with a verdict)",
         candidates,
@@ -248,7 +257,7 @@ def ranking_reader(
         yield from shapes.ranked(here)
         yield from shapes.two_answers(here)
 
-    kind = Kind(
+    kind = RecordKind(
         "ranked answers (prompt or another column of a prompt + answers or responses + ranks or scores; + ranked, the "
         "best first; + completions with response and overall_score; message trees; chosen + rejected; two answers with "
         "a verdict)",
@@ -274,7 +283,7 @@ def prompt_reader(first_rows: Sequence[Any], source: Source) -> RowReader[Prompt
     Raises:
         UserError: as :func:`~rlhf_lit.data.shapes.find_shape` says.
     """
-    kind = Kind(
+    kind = RecordKind(
         "prompts (prompt; question; instruction (+ input); messages; conversations; text; chosen as a whole dialogue)",
         _prompts,
         needs={*c.PROMPT, *c.CHAT, *c.BESIDE, "text"},
@@ -306,7 +315,7 @@ def _prompt(shape: Shape, row: Row, number: int, source: dict[str, Any]) -> list
 def _reader(
     first_rows: Sequence[Any],
     source: Source,
-    kind: Kind,
+    kind: RecordKind,
     build: Build[R],
     trees: bool = False,
 ) -> RowReader[R]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from rlhf_lit.data.kinds import Demonstration, Judged, OnBadRow, Preference, Prompt, Ranking
 from rlhf_lit.data.readers import (
     RowReader,
     demonstration_reader,
@@ -19,7 +18,17 @@ from rlhf_lit.data.readers import (
     ranking_reader,
 )
 from rlhf_lit.data.reports import RowReport
-from rlhf_lit.data.rows import BadRow, Message, Tie
+from rlhf_lit.data.rows import (
+    BadRow,
+    Demonstration,
+    Judged,
+    Message,
+    OnBadRow,
+    Preference,
+    Prompt,
+    Ranking,
+    Tie,
+)
 from rlhf_lit.data.sources import Source, read_rows, rows_of
 from rlhf_lit.errors import UserError
 

@@ -12,8 +12,8 @@ from rlhf_lit.batches import ExperienceBatch, PromptBatch
 from rlhf_lit.data import records
 from rlhf_lit.data.chat import Conversation, Encoded
 from rlhf_lit.data.records import RowReader, RowReport, stopped
-from rlhf_lit.data.sources import Source
-from rlhf_lit.data.store import Columns, Rows
+from rlhf_lit.data.sources import Source, place_of
+from rlhf_lit.data.store import ColumnTypes, Rows
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.data.truncation import truncate_prompt
 from rlhf_lit.errors import UserError, say
@@ -45,7 +45,7 @@ class RolloutDataModule(TextDataModule):
 
     gives = ExperienceBatch
     wanted = "prompts"
-    columns: ClassVar[Columns] = {"prompt": "tokens", "text": "text"}
+    columns: ClassVar[ColumnTypes] = {"prompt": "tokens", "text": "text"}
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class RolloutDataModule(TextDataModule):
         judge = getattr(getattr(self._module(), "reward", None), "all_unreadable", None)
         if judge is None:
             return rows
-        place = name if len(self.sources[name]) < 2 else f"{name} ({source.label})"
+        place = place_of(name, source, self.sources[name])
         golds = RowReport(source.label, len(rows), len(rows))
         kept = []
         for start in range(0, len(rows), GOLDS_AT_ONCE):

@@ -174,7 +174,8 @@ class StreamedRows(RowFile):
 
     Attributes:
         data: the data set.
-        origin: what names it: its address, configuration and split. Its content is not known beforehand.
+        origin: what names it, since its content is not known beforehand: its address, configuration and split, and the
+            commits (of local files the times) of its files.
         rows_at: path of the lists that hold the rows inside of what the data set has.
         size: how many rows it has, as far as that is known.
     """

@@ -116,8 +116,8 @@ Candidates = Callable[[Mapping[str, Column]], Iterator[Shape]]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What is wanted of a file.
+class RecordKind:
+    """A kind of record, as far as a file must have what makes one.
 
     Attributes:
         wanted: in words, with the known shapes.
@@ -146,7 +146,7 @@ def columns_of(rows: Sequence[Any]) -> dict[str, None]:
     return dict.fromkeys(column for row in rows if isinstance(row, Mapping) for column in row)
 
 
-def find_shape(rows: Sequence[Any], source: Source, kind: Kind) -> Shape:
+def find_shape(rows: Sequence[Any], source: Source, kind: RecordKind) -> Shape:
     """The shape of a file of these first rows.
 
     Raises:
@@ -174,7 +174,7 @@ def find_shape(rows: Sequence[Any], source: Source, kind: Kind) -> Shape:
     return shape
 
 
-def _elected(records: Sequence[Row], columns: Columns, kind: Kind) -> Shape | None:
+def _elected(records: Sequence[Row], columns: Columns, kind: RecordKind) -> Shape | None:
     """The shape that most rows have by the columns in which they have something; by their columns, where none has."""
     for filled in (True, False):
         sets = Counter(
@@ -196,7 +196,7 @@ def _elected(records: Sequence[Row], columns: Columns, kind: Kind) -> Shape | No
     return None
 
 
-def _likeliest(here: Mapping[str, Column], kind: Kind) -> Shape | None:
+def _likeliest(here: Mapping[str, Column], kind: RecordKind) -> Shape | None:
     """Of the candidates, the one with the most columns that the user named."""
     candidates = list(kind.candidates(here))
     if not candidates:
@@ -227,7 +227,7 @@ def _verdict(shape: Shape, columns: Columns, records: Sequence[Row], source: Sou
     return verdict_of(column, (shape.answer, shape.other), records, source.path, column.mapped)
 
 
-def _check_mapped(shape: Shape, columns: Columns, source: Source, kind: Kind) -> None:
+def _check_mapped(shape: Shape, columns: Columns, source: Source, kind: RecordKind) -> None:
     """A column that the user named must be read."""
     used = {column.name for column in shape.core} | set(shape.parts)
     for name in columns.mapped:
@@ -251,7 +251,7 @@ def _refuse_passing_over(shape: Shape, columns: Columns, found: Collection[str],
             )
 
 
-def _refuse(found: Collection[str], columns: Columns, source: Source, kind: Kind, rows: Sequence[Any]) -> None:
+def _refuse(found: Collection[str], columns: Columns, source: Source, kind: RecordKind, rows: Sequence[Any]) -> None:
     shown = ", ".join(sorted(map(str, found))) or "(none)"
     here = columns.available(found)
     if next(ranked(here), None) is not None or any(map(is_tree, rows)):

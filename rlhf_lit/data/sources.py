@@ -26,6 +26,7 @@ __all__ = [
     "check_sources",
     "is_local_file",
     "open_rows",
+    "place_of",
     "read_rows",
     "rows_of",
 ]
@@ -145,6 +146,15 @@ def check_sources(sources: Mapping[str, Sequence[Source]], held_out: float) -> N
             raise UserError(f"data.{name}.weight: training rows alone are mixed; leave it out")
 
 
+def place_of(split: str, source: Source, among: Sequence[Source]) -> str:
+    """How messages name a source's part of a split; of a mixture with the file's name, numbered where two share it."""
+    if len(among) < 2:
+        return split
+    same = sum(other.label == source.label for other in among)
+    number = next(i for i, other in enumerate(among, 1) if other is source)
+    return f"{split} ({source.label})" if same == 1 else f"{split} ({number}: {source.label})"
+
+
 def open_rows(source: Source, wanted: Wanted) -> RowFile:
     """The rows of a source, to be read in chunks: a file's, a data set's or those of the built-in world.
 
@@ -255,10 +265,14 @@ def _one_split(data: Mapping[str, Any], split: str | None, source: Source) -> An
 
 
 def _of_the_hub(source: Source, rows_at: str | None) -> RowFile:
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
     try:
-        data = load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
+        if source.streaming:
+            builder = load_dataset_builder(source.path, source.name)
+            data = builder.as_streaming_dataset(split=source.split)
+        else:
+            data = load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the hub client, fsspec and datasets raise unrelated kinds
         raise UserError(
             f"cannot load '{source.path}' (split '{source.split}'): no such local file, and as a hub data set: "
@@ -268,11 +282,13 @@ def _of_the_hub(source: Source, rows_at: str | None) -> RowFile:
         data = _one_split(data, None, source)
     if not source.streaming:
         return DatasetRows(source.label, data, rows_at)
+    files = getattr(builder.config, "data_files", None) or {}
+    commits = {str(split): some.origin_metadata for split, some in files.items()}
     known = (data.info.splits or {}).get(str(data.split))
     return StreamedRows(
         source.label,
         data,
-        (source.path, source.name, source.split, str(data.info.version)),
+        (source.path, source.name, source.split, builder.hash, commits),
         rows_at,
         known.num_examples if known else None,
     )

@@ -12,12 +12,14 @@ from typing import Any, Literal, overload
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-Kind = Literal["tokens", "mask", "token lists", "masks", "ranks", "numbers", "number", "flag", "text"]
+from rlhf_lit.errors import UserError
+
+ColumnType = Literal["tokens", "mask", "token lists", "masks", "ranks", "numbers", "number", "flag", "text"]
 """Of a column: tokens and mask of one sequence, those of several; integers, floats, one float, one bool; text."""
 
-Columns = Mapping[str, Kind]
+ColumnTypes = Mapping[str, ColumnType]
 
-TYPES: dict[Kind, pa.DataType] = {
+TYPES: dict[ColumnType, pa.DataType] = {
     "tokens": pa.list_(pa.int32()),
     "mask": pa.list_(pa.bool_()),
     "token lists": pa.list_(pa.list_(pa.int32())),
@@ -35,7 +37,7 @@ _SUMMARY = b"summary"
 _as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def schema_of(columns: Columns) -> pa.Schema:
+def schema_of(columns: ColumnTypes) -> pa.Schema:
     """The Arrow schema of rows with these columns."""
     return pa.schema([*((name, TYPES[kind]) for name, kind in columns.items()), *OWN.items()])
 
@@ -253,9 +255,18 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return parts[0] if len(parts) == 1 else JoinedRows(parts)
 
 
-def held_out(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
+def held_out(rows: Rows, fraction: float, label: str) -> tuple[Rows, Rows]:
     """The rows that are left, and the fraction that is held out: the same ones whatever the run's seed, so that arms of
-    a sweep are compared on the same rows."""
+    a sweep are compared on the same rows.
+
+    Raises:
+        UserError: no row is left of those that messages call ``label``.
+    """
     order = np.random.default_rng(0).permutation(len(rows))
     count = max(1, round(fraction * len(rows)))
+    if count >= len(rows):
+        raise UserError(
+            f"data.validation_fraction: {label} has {len(rows)} {'row' if len(rows) == 1 else 'rows'}, of which none "
+            "is left to train on; set data.validation"
+        )
     return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))

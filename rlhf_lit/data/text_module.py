@@ -19,8 +19,8 @@ from rlhf_lit.data.chat import ChatFormat, Conversation, Encoded, Template
 from rlhf_lit.data.loader import BatchLoader
 from rlhf_lit.data.mixture import Order, in_shares, mixed_order, shuffled
 from rlhf_lit.data.records import OnBadRow, RowReader, RowReport, stopped
-from rlhf_lit.data.sources import Source, check_sources, open_rows
-from rlhf_lit.data.store import Columns, Rows, held_out, joined, schema_of
+from rlhf_lit.data.sources import Source, check_sources, open_rows, place_of
+from rlhf_lit.data.store import ColumnTypes, Rows, held_out, joined, schema_of
 from rlhf_lit.data.stream import Stream, StreamLoader
 from rlhf_lit.data.tokens import Loading, Work, code_of, key_of, tokenised
 from rlhf_lit.data.truncation import Truncation, truncate_prompt
@@ -111,7 +111,7 @@ class TextDataModule(LightningDataModule):
 
     gives: type[Batch] | None = None  # the kind of batch that its rows make, where it says so
     wanted: Wanted  # what the built-in world makes up for it
-    columns: ClassVar[Columns]  # of its rows
+    columns: ClassVar[ColumnTypes]  # of its rows
 
     def reader(self, first_rows: Sequence[Any], source: Source) -> RowReader[Any]:
         """What makes records of a source's rows, whose first ones are given.
@@ -230,25 +230,25 @@ class TextDataModule(LightningDataModule):
         sources = self.sources[name]
         if name == "predict" and not sources:
             sources = self.sources["test"] or self.sources["validation"]
-        parts = [self._rows(name, source) for source in sources]
+        parts, labels = [self._rows(name, source) for source in sources], [source.label for source in sources]
         if name == "validation" and self.validation_fraction and "train" not in self.examples:
             self._load("train")
         if name == "train" and self.validation_fraction and parts:
-            split = [held_out(part, self.validation_fraction) for part in parts]
+            fraction = self.validation_fraction
+            split = [held_out(part, fraction, label) for part, label in zip(parts, labels, strict=True)]
             parts = [kept for kept, _ in split]
             self.examples["validation"] = self.completed(joined([held for _, held in split]))
         if name == "train" and len(parts) > 1:
-            self._order = mixed_order([len(part) for part in parts], [source.weight for source in sources])
-            labels, weights = [source.label for source in sources], [source.weight for source in sources]
-            say(f"train: {in_shares(labels, [len(part) for part in parts], weights)}")
+            sizes, weights = [len(part) for part in parts], [source.weight for source in sources]
+            self._order = mixed_order(sizes, weights)
+            say(f"train: {in_shares(labels, sizes, weights)}")
         if parts:
             self.examples[name] = self.completed(joined(parts))
 
     def _rows(self, name: str, source: Source) -> Rows:
         """Rows of a source, tokenised; bad ones counted and reported."""
-        load = Loading(
-            name, source, open_rows(source, self.wanted), partial(self._work, source), self.on_bad_row, self.workers
-        )
+        file = open_rows(source, self.wanted)
+        load = Loading(name, source, file, partial(self._work, source), self.on_bad_row, self.workers)
         if source.is_stream:
             # A block is a whole number of batches.
             buffer = max(1, self.stream_buffer // self.batch_size) * self.batch_size
@@ -261,12 +261,12 @@ class TextDataModule(LightningDataModule):
             self._say(name, load.report)
             return rows
         settings = (*code_of(type(self)), self.chat.fingerprint, self.max_length, self.truncation, *self.settings)
-        key = key_of(load.file, source, settings)
+        key = key_of(file, source, settings)
         stored = tokenised(load, key, self.cache)
         report = RowReport.from_json(stored.summary, source.label)
         if self.on_bad_row == "error" and report.first_bad is not None:
             raise UserError(stopped(source, *report.first_bad))
-        place = name if len(self.sources[name]) < 2 else f"{name} ({source.label})"
+        place = place_of(name, source, self.sources[name])
         self.identities[place] = f"{len(stored)} rows with the digest {key[:12]}"
         self.reports[place] = report
         self._say(place, report)

@@ -6,18 +6,12 @@ ever in memory. A store is found again by the content of its file and all that d
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
-import multiprocessing
-import os
 import shutil
 import tempfile
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -30,6 +24,7 @@ from filelock import FileLock
 
 from rlhf_lit.data import store
 from rlhf_lit.data.chat import Conversation, Encoded
+from rlhf_lit.data.processes import cores, in_order
 from rlhf_lit.data.progress import Advance, loading
 from rlhf_lit.data.records import OnBadRow, RowReader, RowReport, stopped
 from rlhf_lit.data.rows import BadRow, Tie
@@ -216,12 +211,10 @@ class Loading:
                 break
         work = self.work_of(rows)
         self.report = work.reader.report(self.source)
-        processes = self.workers or cores()
         # No process is started for a small file.
-        if len(rows) < FIRST_ROWS or "fork" not in multiprocessing.get_all_start_methods():
-            processes = 1
+        processes = 1 if len(rows) < FIRST_ROWS else self.workers or cores()
         wanted = islice(chain(first, chunks), skip, None)
-        return work.schema, self._counted(work, _in_order(work, wanted, processes), advance)
+        return work.schema, self._counted(work, in_order(work, wanted, processes), advance)
 
     def _counted(self, work: Work, parts: Iterable[Part], advance: Advance) -> Iterator[Part]:
         """The parts as far as the limit reaches, their rows counted."""
@@ -247,74 +240,16 @@ class Loading:
                 return
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_work: Work | None = None
-
-
-def _start(work: Work) -> None:
-    """What a process keeps; it is forked, so that nothing of it is pickled."""
-    global _work
-    _work = work
-    gc.freeze()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what is parallel, and threads do not survive it
-
-
-def _do(chunk: Chunk) -> Part:
-    assert _work is not None
-    return _work(chunk)
-
-
-def _in_order(work: Work, chunks: Iterable[Chunk], processes: int) -> Iterator[Part]:
-    """The parts in the order of the chunks, a few of which are under way at a time.
-
-    Raises:
-        UserError: a process was killed.
-    """
-    if processes == 1:
-        for chunk in chunks:
-            # What stands in memory already is not looked through for garbage each time that rows fill some of it, which
-            # takes a fifth of the time.
-            gc.freeze()
-            try:
-                part = work(chunk)
-            finally:
-                gc.unfreeze()
-            yield part
-        return
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _start, (work,)) as pool:
-        waiting: deque[Any] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_do, chunk))
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"data.workers: one of {processes} processes that tokenise was killed, perhaps for want of memory; set "
-                "fewer, such as 1"
-            ) from error
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
 def code_of(kind: type) -> list[str]:
-    """The name of a data module, and the source text of what stands outside the package: code under change gives a
-    store of its own."""
+    """The name of a data module, and the source text of the files outside the package that it is made of: code under
+    change gives a store of its own. What is typed into an interpreter has no file."""
     own = [
         base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("rlhf_lit", "lightning", "builtins")
     ]
     texts = []
     for base in own:
         with suppress(OSError, TypeError):
-            texts.append(inspect.getsource(base))
+            texts.append(inspect.getsource(inspect.getmodule(base) or base))
     return [kind.__name__, *texts]
 
 

@@ -125,6 +125,28 @@ def test_each_set_gives_its_fraction_to_validation(mixed: list[Source]) -> None:
     assert len(module.order()(0)) == 15
 
 
+def test_a_set_of_which_nothing_is_left_is_refused(mixed: list[Source], tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps(ROWS["small"][0]) + "\n")
+    line = r"data\.validation_fraction: one\.jsonl has 1 row, of which none is left to train on"
+    for train in ([*mixed, Source(str(tmp_path / "one.jsonl"))], Source(str(tmp_path / "one.jsonl"))):
+        with pytest.raises(UserError, match=line):
+            ready(SFTDataModule(train, validation_fraction=0.25, cache=None))
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = []
+    for name, rows in ROWS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append(Source(str(tmp_path / name / "rows.jsonl")))
+    module = ready(SFTDataModule(sources, cache=None))
+    assert {place: report.used for place, report in module.reports.items()} == {
+        "train (1: rows.jsonl)": 4,
+        "train (2: rows.jsonl)": 16,
+    }
+    assert len(module.identities) == 2
+
+
 def test_prompts_of_a_rollout_are_mixed_too(mixed: list[Source]) -> None:
     module = ready(RolloutDataModule(mixed, rollout_size=20, batch_size=20, cache=None))
     batch = module.train_dataloader()._prompts_of(0)

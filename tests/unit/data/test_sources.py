@@ -9,6 +9,7 @@ import pickle
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -352,7 +353,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `load_dataset` was asked for last; it gives ROWS."""
     asked: dict[str, Any] = {}
 
-    def load_dataset(path: str, name: str | None, split: str | None, streaming: bool) -> Any:
+    def load_dataset(path: str, name: str | None, split: str | None, streaming: bool = False) -> Any:
         from datasets import Dataset, DatasetDict
 
         asked.update(path=path, name=name, split=split, streaming=streaming)
@@ -360,7 +361,16 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         data = data.to_iterable_dataset() if streaming else data
         return data if split is not None else DatasetDict({"train": data})
 
+    def load_dataset_builder(path: str, name: str | None) -> Any:
+        def as_streaming_dataset(split: str | None) -> Any:
+            return load_dataset(path, name, split, streaming=True)
+
+        return SimpleNamespace(
+            hash="commit", config=SimpleNamespace(data_files=None), as_streaming_dataset=as_streaming_dataset
+        )
+
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
     return asked
 
 
@@ -413,6 +423,17 @@ def test_a_fingerprint_is_of_what_is_read(tmp_path: Path, hub: dict[str, Any]) -
     found = [of(source) for source in different]
     assert len(set(found)) == len(found)
     assert all(len(one) == 32 for one in found)
+
+
+def test_a_fingerprint_of_what_is_streamed_is_of_its_files(tmp_path: Path) -> None:
+    """Rows of an earlier commit, or of files that were written anew, are not taken from the cache."""
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
+    found = []
+    for number in range(2):
+        (tmp_path / "train.jsonl").write_text(json.dumps({"text": "word " * (number + 1)}) + "\n")
+        found.append(open_rows(Source(str(tmp_path), streaming=True, limit=1), "demonstrations").fingerprint)
+    again = open_rows(Source(str(tmp_path), streaming=True, limit=1), "demonstrations").fingerprint
+    assert found[0] != found[1] == again
 
 
 def test_a_fingerprint_parses_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from rlhf_lit.data.store import (
     ArrowRows,
-    Columns,
+    ColumnTypes,
     JoinedRows,
     StoredRows,
     held_out,
@@ -26,7 +26,7 @@ from rlhf_lit.data.store import (
 )
 
 ROOT = Path(__file__).parents[3]
-COLUMNS: Columns = {
+COLUMNS: ColumnTypes = {
     "tokens": "tokens",
     "mask": "mask",
     "answers": "token lists",
@@ -151,7 +151,7 @@ def test_what_json_does_not_have_is_text() -> None:
 
 
 def test_a_fraction_is_held_out_by_place_alone(path: Path) -> None:
-    kept, held = held_out(StoredRows(path), 0.25)
+    kept, held = held_out(StoredRows(path), 0.25, "rows.jsonl")
     assert (len(kept), len(held)) == (9, 3)
     assert sorted(one["row"] for part in (kept, held) for one in part) == [10 * i for i in range(12)]
     assert [one["row"] for one in held] == sorted(one["row"] for one in held)

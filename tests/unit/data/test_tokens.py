@@ -95,21 +95,6 @@ def test_an_error_stops_at_the_first_bad_row(file: Path, workers: int) -> None:
         module(file, on_bad_row="error", workers=workers, cache=None)
 
 
-class Dying(SFTDataModule):
-    """The system kills the process that has row 31."""
-
-    def row(self, record: Any, encoded: Any) -> Any:
-        if record.row == 31:
-            os.kill(os.getpid(), 9)
-        return super().row(record, encoded)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_a_killed_process_is_one_line(file: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.workers: one of 2 processes that tokenise was killed"):
-        ready(Dying(Source(str(file)), workers=2, cache=None))
-
-
 def test_what_a_store_says_of_bad_rows_stops_a_run_that_allows_none(file: Path, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     module(file, cache=cache)
@@ -193,8 +178,8 @@ def test_code_under_change_has_a_store_of_its_own(file: Path, tmp_path: Path) ->
         folder = tmp_path / word
         folder.mkdir()
         (folder / f"own_{word}.py").write_text(
-            "from rlhf_lit.data.modules import SFTDataModule\n\n\nclass Own(SFTDataModule):\n"
-            f"    def row(self, record, encoded):\n        return '{word}' if record.row == 1 else "
+            f"from rlhf_lit.data.modules import SFTDataModule\n\nWORD = '{word}'\n\n\nclass Own(SFTDataModule):\n"
+            "    def row(self, record, encoded):\n        return WORD if record.row == 1 else "
             "super().row(record, encoded)\n"
         )
         sys.path.insert(0, str(folder))
