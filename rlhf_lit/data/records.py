@@ -1,4 +1,4 @@
-"""Validated records from raw rows: a reader for each kind, and whole files at once.
+"""Records from the rows of whole files at once, and a door to the readers that make them of one row each.
 
 ``demonstration_reader(first_rows, source).read(row, number)`` gives the records of one row; ``demonstrations(rows, …)``
 those of all rows, and a report.

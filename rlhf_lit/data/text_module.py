@@ -143,7 +143,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def settings(self) -> list[object]:
-        """What else rows of a subclass depend on."""
+        """What else rows of a subclass depend on, its own fields for one; stores are found by it."""
         return []
 
     @property

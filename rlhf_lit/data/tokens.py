@@ -214,7 +214,7 @@ class Loading:
         # No process is started for a small file.
         processes = 1 if len(rows) < FIRST_ROWS else self.workers or cores()
         wanted = islice(chain(first, chunks), skip, None)
-        return work.schema, self._counted(work, in_order(work, wanted, processes), advance)
+        return work.schema, self._counted(work, _parts(work, wanted, processes), advance)
 
     def _counted(self, work: Work, parts: Iterable[Part], advance: Advance) -> Iterator[Part]:
         """The parts as far as the limit reaches, their rows counted."""
@@ -238,6 +238,13 @@ class Loading:
             yield part
             if limit is not None and found >= limit:
                 return
+
+
+def _parts(work: Work, chunks: Iterator[Chunk], processes: int) -> Iterator[Part]:
+    """The parts in order; the first is made here, so that the processes begin with what is known of the chat template
+    by then, and do not say it again."""
+    yield from map(work, islice(chunks, 1))
+    yield from in_order(work, chunks, processes)
 
 
 def code_of(kind: type) -> list[str]:

@@ -89,6 +89,18 @@ def test_a_limit_is_a_number_of_rows(limit: int) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_processes_say_of_a_template_what_one_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rlhf_lit.data.templates.ChatTemplate._takes_system", False)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"system": "Be brief.", "prompt": f"what is {i}?", "completion": f"{i}."} for i in range(COUNT)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module(path, workers=3, cache=None)
+    assert capfd.readouterr().err.count("takes no system turn") == 1
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_stops_at_the_first_bad_row(file: Path, workers: int) -> None:
     with pytest.raises(UserError, match=r"rows\.jsonl, row 0: null prompt; mend the row, or set on_bad_row to skip"):
