@@ -15,7 +15,7 @@ from rlhf_lit.batches import Record
 from rlhf_lit.data.sources import CHUNK
 from rlhf_lit.data.store import ArrowRows, Rows
 from rlhf_lit.data.tokens import Loading
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, say
 from rlhf_lit.randomness import permutation
 
 REST = CHUNK  # rows at the end of a file that make no block of their own, where the buffer is no smaller
@@ -155,8 +155,8 @@ class StreamLoader:
             self.place = {"epoch": self.place["epoch"] + 1, "block": 0, "chunk": 0, "used": 0, "position": 0}
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch comes from."""
-        return dict(self.place)
+        """Where the next batch comes from, among rows in blocks of what size."""
+        return {**self.place, "buffer": self.stream.buffer}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where the state was taken.
@@ -164,6 +164,11 @@ class StreamLoader:
         Raises:
             UserError: by a run that did not stream its rows.
         """
-        if state.keys() != self.place.keys():
+        if state.keys() != self.state_dict().keys():
             raise UserError("data.train.streaming: the run that is continued did not stream its rows; leave it out")
-        self.place = dict(state)
+        self.place = {name: state[name] for name in self.place}
+        if state["buffer"] != self.stream.buffer:
+            say(
+                f"note: data.stream_buffer: the stream goes on in blocks of {self.stream.buffer} rows, before of "
+                f"{state['buffer']}: its order is another one than without the stop"
+            )

@@ -171,6 +171,14 @@ def test_a_run_does_not_change_between_a_stream_and_a_file(file: Path) -> None:
         stored.load_state_dict(stream.state_dict())
 
 
+def test_other_blocks_are_said(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = streamed(file).train_dataloader().state_dict()
+    streamed(file).train_dataloader().load_state_dict(state)
+    assert "blocks of" not in capsys.readouterr().err
+    streamed(file, batch_size=6).train_dataloader().load_state_dict(state)
+    assert "the stream goes on in blocks of 12 rows, before of 16" in capsys.readouterr().err
+
+
 def test_mismatched_answers_come_from_the_block(tmp_path: Path) -> None:
     path = tmp_path / "judged.jsonl"
     rows = [{"prompt": f"what is {i}?", "completion": f"{i}.", "label": i % 2 == 0} for i in range(20)]
