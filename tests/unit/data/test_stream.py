@@ -155,7 +155,7 @@ def test_a_place_beyond_the_block_is_the_next_block(file: Path) -> None:
     """As after a change of the batch size: no block is passed over for it."""
     module = streamed(file, steps=3)
     loader = module.train_dataloader()
-    loader.load_state_dict({"epoch": 0, "block": 0, "chunk": 0, "used": 0, "position": 9})
+    loader.load_state_dict({"epoch": 0, "block": 0, "chunk": 0, "used": 0, "position": 9, "buffer": 16})
     first = next(iter(loader))
     usable = sorted(set(range(COUNT)) - {3, 30})
     assert set(numbers(module, first)) <= set(usable[16:32])
