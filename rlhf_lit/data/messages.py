@@ -32,7 +32,7 @@ ROLES = {
 LEARNED = ("weight", "loss_weight", "loss", "train", "training")
 # Fields that chat templates read.
 EXTRA = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-_KNOWN = frozenset(("role", "from", "content", "value"))
+_READ = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *LEARNED, *EXTRA))
 # A turn begins at a marker after a blank line (or at the very start): "Human:" inside a turn is text.
 _HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -65,6 +65,19 @@ def messages(value: Any, name: str) -> Turns:
     if not value:
         raise BadRow(f"empty {name}")
     return tuple([_message(item, name) for item in value])
+
+
+def unread_fields(value: Any) -> set[str]:
+    """Fields of a list of messages that hold text and are never read."""
+    if not isinstance(value, list):
+        return set()
+    return {
+        key
+        for item in value
+        if isinstance(item, Mapping) and len(item) > 2 and not item.keys() <= _READ
+        for key in item.keys() - _READ
+        if isinstance(item[key], str) and item[key].strip()
+    }
 
 
 def holds_messages(value: Any) -> bool:

@@ -154,6 +154,6 @@ def margin(shape: Shape, row: Row, needed: bool) -> float:
 
 
 def _rating(column: Column, row: Row, needed: bool) -> float:
-    """The number; NaN of a null one that nothing needs."""
+    """The number; NaN of a null one (or an empty cell) that nothing needs."""
     value = column.of(row)
-    return math.nan if value is None and not needed else number(value, column.name)
+    return math.nan if value in (None, "") and not needed else number(value, column.name)

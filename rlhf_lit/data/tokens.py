@@ -37,7 +37,7 @@ from rlhf_lit.errors import UserError, say
 from rlhf_lit.files import atomic
 
 # Part of a store's key: raise it when the same file would give other rows.
-TOKENISATION_VERSION = 3
+TOKENISATION_VERSION = 4
 CHUNK = 1000  # rows that a process reads at once
 FIRST_ROWS = 10_000  # that decide what shape a file has; no process is started for fewer
 
@@ -149,6 +149,7 @@ class Work:
             rows.append({**made, "row": record.row, "source": record.source})
             places.append(place)
             moved.append(any(one.boundary_moved for one in tokens if isinstance(one, Encoded)))
+            unused |= {f"{name} of messages" for one in tokens if isinstance(one, Encoded) for name in one.left_out}
             unsupervised.append(sum(one.unsupervised for one in tokens if isinstance(one, Encoded)))
         skipped.sort(key=lambda one: one.row)
         batch = store.record_batch(rows, self.schema)
