@@ -95,9 +95,13 @@ def turns(value: Any, name: str, role: str) -> Turns:
 
 
 def begins_before_the_answer(value: Any) -> bool:
-    """Whether a value is a list of messages whose first is not the assistant's, so that it repeats the prompt."""
+    """Whether a value is a dialogue, as messages or as text, that does not begin with the assistant, so that it repeats
+    the prompt."""
     if isinstance(value, str) and holds_messages(value):
         value = _parsed(value, "")
+    if isinstance(value, str):
+        dialogue = parse_dialogue(value)
+        return dialogue is not None and [dialogue[0].role, dialogue[-1].role] == ["user", "assistant"]
     if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
         return False
     role = value[0].get("role", value[0].get("from"))

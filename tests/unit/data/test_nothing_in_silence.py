@@ -99,3 +99,63 @@ def test_numbers_that_datasets_wrote_for_names(tmp_path: Path) -> None:
 def test_a_row_that_could_not_be_parsed_is_scored_as_none_of_its_own_fields() -> None:
     file = answered([PAIR, Unreadable("nested too deep"), "text"], Source("a.jsonl"))
     assert file.rows[1:] == [Unusable("nested too deep", 1, {}), Unusable("malformed", 2, {"text": "text"})]
+
+
+ASKED = [USER, {"role": "assistant", "content": "2"}]
+OTHER = [USER, {"role": "assistant", "content": "3"}]
+SYSTEM = {"role": "system", "content": "S"}
+
+
+def shown(row: dict[str, Any], field: str = "tokens") -> str:
+    return small().decode(list(row[field])).replace("<|im_start|>", "").replace("<|im_end|>", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"system": "S", "messages": [SYSTEM, *ASKED]}, "system\nS\nuser\n1+1?\nassistant\n2"),
+        ({"system": "T", "messages": [SYSTEM, *ASKED]}, "system\nT\nsystem\nS\nuser\n1+1?\nassistant\n2"),
+        ({"prompt": "1+1?", "completion": ASKED}, "user\n1+1?\nassistant\n2"),
+        ({"prompt": [USER], "completion": ASKED}, "user\n1+1?\nassistant\n2"),
+        ({"prompt": "Why?", "completion": ASKED}, "prompt differs from that of the dialogue"),
+        ({"prompt": "Why?", "completion": [ASKED[1], ASKED[1]]}, "roles do not alternate"),
+    ],
+)
+def test_what_a_row_says_twice_is_learned_once(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+    rows = [row, {**row, "completion": "2"}]  # one that serves
+    module = ready(SFTDataModule(written(tmp_path / "a.jsonl", rows), cache=None), own=small(CHATML))
+    counts = module.reports["train"].counts
+    assert counts == {expected: 1} if counts else shown(module.examples["train"][0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"system": "T", "chosen": [SYSTEM, *ASKED], "rejected": [SYSTEM, *OTHER]}, "system\nT\nsystem\nS\nuser\n1+1?"),
+        ({"system": "S", "chosen": [SYSTEM, *ASKED], "rejected": [SYSTEM, *OTHER]}, "system\nS\nuser\n1+1?"),
+        (
+            {
+                "prompt": "\n\nHuman: 1+1?\n\nAssistant:",
+                "chosen": "\n\nHuman: 1+1?\n\nAssistant: 2",
+                "rejected": "\n\nHuman: 1+1?\n\nAssistant: 3",
+            },
+            "user\n1+1?",
+        ),
+    ],
+)
+def test_dialogues_beside_their_prompt_or_system_turn(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+    module = ready(PreferenceDataModule(written(tmp_path / "a.jsonl", [row]), cache=None), own=small(CHATML))
+    (found,) = module.examples["train"]
+    assert shown(found, "chosen") == f"{expected}\nassistant\n2"
+    assert shown(found, "rejected") == f"{expected}\nassistant\n3"
+
+
+@pytest.mark.parametrize("prompt", [[USER], "\n\nHuman: 1+1?\n\nAssistant:"])
+@pytest.mark.parametrize("beside", [{"history": [["0+0?", "0"]]}, {"input": "as a word"}])
+def test_what_has_no_place_beside_a_dialogue_is_named(tmp_path: Path, prompt: Any, beside: dict[str, Any]) -> None:
+    source = written(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": "2", **beside}])
+    module = ready(SFTDataModule(source, cache=None), own=small(CHATML))
+    assert module.reports["train"].unused == set(beside)
+    source = written(tmp_path / "b.jsonl", [{"prompt": "1+1?", "chosen": ASKED, "rejected": OTHER, **beside}])
+    module = ready(PreferenceDataModule(source, cache=None), own=small(CHATML))
+    assert module.reports["train"].unused == set(beside)
