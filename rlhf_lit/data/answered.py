@@ -10,7 +10,7 @@ from rlhf_lit.data import columns as c
 from rlhf_lit.data import ranked_rows, reading, shapes
 from rlhf_lit.data.columns import Column
 from rlhf_lit.data.readers import MARGINS, TREE, RowReader
-from rlhf_lit.data.rows import BadRow, Row, Turns
+from rlhf_lit.data.rows import BadRow, Row, Turns, Unreadable
 from rlhf_lit.data.shapes import RecordKind, Shape
 from rlhf_lit.data.sources import Source
 from rlhf_lit.data.trees import is_tree
@@ -83,7 +83,8 @@ def answered(rows: Sequence[Any], source: Source) -> AnsweredFile:
             try:
                 result += reader.read(part, number)
             except BadRow as reason:
-                result.append(Unusable(str(reason), number, part if isinstance(part, dict) else {"text": part}))
+                source_row = {} if isinstance(part, Unreadable) else {"text": part}
+                result.append(Unusable(str(reason), number, part if isinstance(part, dict) else source_row))
     return AnsweredFile(kind, result, unused, reader.notes())
 
 

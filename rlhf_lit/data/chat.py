@@ -52,6 +52,7 @@ class Encoded:
         text: that prompt as a reward function and a reader see it: a single turn bare, a dialogue rendered.
         unsupervised: assistant turns that should have been supervised and are not: they are not found in the text of
             the conversation, or have no token there.
+        left_out: fields of turns that hold text and that the chat template does not write.
     """
 
     tokens: list[int]
@@ -60,6 +61,7 @@ class Encoded:
     prompt: list[int] = field(default_factory=list)
     text: str = ""
     unsupervised: int = 0
+    left_out: frozenset[str] = frozenset()
 
 
 class ChatFormat:
@@ -241,7 +243,8 @@ class ChatFormat:
         if draft.prompt is not None:
             apart = alone.get(draft.prompt)
             prompt = self._without_surplus(beginnings[len(draft.prompt)].tokens(ids) if apart is None else apart)
-        return Encoded(tokens, mask, moved, prompt, draft.shown, draft.unsupervised + len(without))
+        lost = draft.unsupervised + len(without)
+        return Encoded(tokens, mask, moved, prompt, draft.shown, lost, draft.left_out)
 
     def _start(self, tokens: list[int], ids: list[int], before: Beginning) -> tuple[int, bool]:
         """How many tokens an answer shares with what stands before it, and whether that is less than all of those."""

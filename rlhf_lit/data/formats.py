@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,10 +243,11 @@ def _read_parquet(reading: Reading) -> Iterator[Any]:
         file = pyarrow.parquet.ParquetFile(_seekable(stream, reading))
         total, count = max(1, file.metadata.num_rows), 0
         reading.done = lambda: count / total
+        classes = class_names(file.schema_arrow.metadata)
         for batch in file.iter_batches(batch_size=BATCH):
             for row in batch.to_pylist():
                 count += 1
-                yield row
+                yield with_names(row, classes)
 
 
 def _read_arrow(reading: Reading) -> Iterator[Any]:
@@ -261,8 +263,27 @@ def _read_arrow(reading: Reading) -> Iterator[Any]:
             file.seek(0)
             batches = iter(pyarrow.ipc.open_stream(file))
         for batch in batches:
+            classes = class_names(batch.schema.metadata)
             for start in range(0, batch.num_rows, BATCH):
-                yield from batch.slice(start, BATCH).to_pylist()
+                yield from (with_names(row, classes) for row in batch.slice(start, BATCH).to_pylist())
+
+
+def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """The columns of an Arrow table whose numbers stand for names, as `datasets` writes a ``ClassLabel``."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: one["names"] for name, one in features.items() if one.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def with_names(row: dict[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A row with the names that its numbers stand for: which of `good` and `bad` is 0 is the file's affair."""
+    for column, names in classes.items():
+        value = row.get(column)
+        if isinstance(value, int) and 0 <= value < len(names):
+            row[column] = names[value]
+    return row
 
 
 def _seekable(stream: BinaryIO, reading: Reading) -> BinaryIO:

@@ -129,7 +129,8 @@ def whole(text: str, file: str) -> Any:
 
 
 def nested(rows: Iterable[Any], path: str, file: str) -> Iterator[Any]:
-    """The rows that stand in lists inside of others, such as ``{"examples": [{…}, {…}]}``.
+    """The rows that stand in lists inside of others, such as ``{"examples": [{…}, {…}]}``. Texts and numbers beside
+    such a list belong to each of its rows, as ``../name``.
 
     Args:
         rows: what the file has; one that has no such list is unreadable.
@@ -144,7 +145,7 @@ def nested(rows: Iterable[Any], path: str, file: str) -> Iterator[Any]:
             yield row
             continue
         try:
-            found = list(_inside(row, tuple(path.split("."))))
+            found = list(_inside(row, tuple(path.split(".")), {}))
         except LookupError as error:
             if number == 0:
                 raise UserError(f"{file}: columns.rows: there is no list of rows at '{path}': {error}") from error
@@ -153,17 +154,18 @@ def nested(rows: Iterable[Any], path: str, file: str) -> Iterator[Any]:
         yield from map(_usable_inside, found)
 
 
-def _inside(value: Any, path: tuple[str, ...]) -> Iterator[Any]:
+def _inside(value: Any, path: tuple[str, ...], around: dict[str, Any]) -> Iterator[Any]:
     if isinstance(value, list):
         for item in value:
             if path:
-                yield from _inside(item, path)
+                yield from _inside(item, path, around)
             else:
-                yield item
+                yield {**around, **item} if around and isinstance(item, Mapping) else item
     elif path and isinstance(value, Mapping):
         if path[0] not in value:
             raise LookupError(f"the keys are {', '.join(map(str, value)) or 'none'}")
-        yield from _inside(value[path[0]], path[1:])
+        beside = {f"../{key}": item for key, item in value.items() if isinstance(item, str | int | float)}
+        yield from _inside(value[path[0]], path[1:], {**{f"../{key}": item for key, item in around.items()}, **beside})
     else:
         raise LookupError(f"found {type(value).__name__} on the way")
 

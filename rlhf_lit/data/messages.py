@@ -32,7 +32,7 @@ ROLES = {
 LEARNED = ("weight", "loss_weight", "loss", "train", "training")
 # Fields that chat templates read.
 EXTRA = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-_KNOWN = frozenset(("role", "from", "content", "value"))
+_READ = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *LEARNED, *EXTRA))
 # A turn begins at a marker after a blank line (or at the very start): "Human:" inside a turn is text.
 _HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -67,6 +67,19 @@ def messages(value: Any, name: str) -> Turns:
     return tuple([_message(item, name) for item in value])
 
 
+def unread_fields(value: Any) -> set[str]:
+    """Fields of a list of messages that hold text and are never read."""
+    if not isinstance(value, list):
+        return set()
+    return {
+        key
+        for item in value
+        if isinstance(item, Mapping) and len(item) > 2 and not item.keys() <= _READ
+        for key in item.keys() - _READ
+        if isinstance(item[key], str) and item[key].strip()
+    }
+
+
 def holds_messages(value: Any) -> bool:
     """Whether a value is messages rather than the text of a turn."""
     if isinstance(value, str):
@@ -82,9 +95,13 @@ def turns(value: Any, name: str, role: str) -> Turns:
 
 
 def begins_before_the_answer(value: Any) -> bool:
-    """Whether a value is a list of messages whose first is not the assistant's, so that it repeats the prompt."""
+    """Whether a value is a dialogue, as messages or as text, that does not begin with the assistant, so that it repeats
+    the prompt."""
     if isinstance(value, str) and holds_messages(value):
         value = _parsed(value, "")
+    if isinstance(value, str):
+        dialogue = parse_dialogue(value)
+        return dialogue is not None and [dialogue[0].role, dialogue[-1].role] == ["user", "assistant"]
     if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
         return False
     role = value[0].get("role", value[0].get("from"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from rlhf_lit.data import columns as c
 from rlhf_lit.data import ranked_rows, reading, shapes
 from rlhf_lit.data.columns import Column, Columns
+from rlhf_lit.data.messages import unread_fields
 from rlhf_lit.data.reports import RowReport
 from rlhf_lit.data.rows import (
     BadRow,
@@ -32,6 +34,10 @@ MARGINS = ("margin", "score_chosen", "score_rejected")
 # Columns of which a reader of prompts says nothing: answers to them, and what judges these.
 OF_ANSWERS = frozenset(
     (*c.ANSWER, *c.LISTS, *c.PAIR, *c.VERDICTS, *c.RATINGS, *(name for pair in c.ANSWERS_OF_TWO for name in pair))
+)
+# Names of columns whose numbers say how good an answer is, or how much a row counts.
+JUDGING = re.compile(
+    "score|rating|rank|reward|margin|weight|prefer|winner|better|safer|chosen|rejected|desirable", re.IGNORECASE
 )
 # The shape of the lists that message trees are made of.
 TREE = Shape(
@@ -63,8 +69,10 @@ class RowReader(Generic[R]):
     silent: frozenset[str] = frozenset()
     unused_are: str = "columns that were not used"
     used: frozenset[str] = field(init=False)
+    core: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "core", frozenset(name for part in self.shape.core for name in part.sources))
         object.__setattr__(self, "used", self.shape.sources | self.silent)
 
     def read(self, raw: Any, number: int) -> list[R]:
@@ -92,13 +100,17 @@ class RowReader(Generic[R]):
         return [TreeList(part) for part in lists_of_tree(raw)] if self.trees and is_tree(raw) else (raw,)
 
     def unused(self, raw: Any) -> set[str]:
-        """The columns of a row that hold text, or may judge an answer, and take no part in what is read."""
-        if not isinstance(raw, dict) or raw.keys() <= self.used or isinstance(raw, TreeList) or is_tree(raw):
+        """The columns of a row that hold text, or may judge an answer, and take no part in what is read; fields of its
+        messages as ``name of messages``."""
+        if not isinstance(raw, dict) or isinstance(raw, TreeList):
             return set()
-        return {
+        found = {f"{name} of messages" for column in self.core for name in unread_fields(raw.get(column))}
+        if raw.keys() <= self.used or is_tree(raw):
+            return found
+        return found | {
             column
             for column in raw.keys() - self.used
-            if _holds_text(raw[column]) or (column in c.VERDICTS and raw[column] is not None)
+            if _holds_text(raw[column]) or (raw[column] is not None and _may_judge(column))
         }
 
     def report(self, source: Source) -> RowReport:
@@ -121,6 +133,10 @@ def _kept(column: Column, raw: Row) -> Any:
         return column.of(raw)
     except BadRow:
         return None
+
+
+def _may_judge(column: str) -> bool:
+    return column in c.VERDICTS or JUDGING.search(column) is not None
 
 
 def _holds_text(value: Any) -> bool:

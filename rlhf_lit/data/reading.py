@@ -28,7 +28,7 @@ def demonstration(shape: Shape, row: Row) -> Turns:
     assert shape.prompt is not None or shape.answer is not None
     if shape.form == "answer":
         assert shape.answer is not None
-        found = shape.checked_prompt(row) + turns(shape.answer.of(row), shape.answer.name, "assistant")
+        found = _answered(shape.checked_prompt(row), shape.answer, row)
     elif shape.form == "chat":
         assert shape.prompt is not None
         found = shape.messages(shape.prompt, row)
@@ -42,6 +42,23 @@ def demonstration(shape: Shape, row: Row) -> Turns:
         raise BadRow("no final assistant turn")
     check_answers(found, "empty response")
     return found
+
+
+def _answered(prompt: Turns, column: Column, row: Row) -> Turns:
+    """The prompt with its answer, which may be a whole dialogue that begins with that prompt. Raises BadRow."""
+    value = column.of(row)
+    if begins_before_the_answer(value):
+        found = _dialogue(column, row)
+        if _said(found[: len(prompt)]) != _said(prompt):
+            raise BadRow("prompt differs from that of the dialogue")
+        return found
+    found = prompt + turns(value, column.name, "assistant")
+    check_alternation(found)
+    return found
+
+
+def _said(turns: Turns) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content) for turn in turns]
 
 
 def preference(shape: Shape, row: Row) -> tuple[Turns, Turns, Turns]:
@@ -67,7 +84,7 @@ def two_answers(shape: Shape, row: Row) -> tuple[Turns, tuple[Turns, Turns]]:
         prompt, first, second = _two_dialogues(shape, row, sides)
     else:
         prompt = shape.checked_prompt(row)
-        first, second = (turns(value, side.name, "assistant") for value, side in zip(values, sides, strict=True))
+        first, second = (_answered(prompt, side, row)[len(prompt) :] for side in sides)
     for side, answer in zip(sides, (first, second), strict=True):
         if answer[0].role != "assistant" or answer[-1].role != "assistant":
             raise BadRow("no final assistant turn")
@@ -90,10 +107,10 @@ def _two_dialogues(shape: Shape, row: Row, sides: tuple[Column, Column]) -> tupl
     if shape.prompt is not None and shape.prompt.mapped:
         # The user named the prompt: it must be the dialogues' own.
         asked = shape.checked_prompt(row)
-        if [(turn.role, turn.content) for turn in asked] != [(turn.role, turn.content) for turn in prompt]:
+        if _said(asked) != _said(prompt):
             raise BadRow("prompt differs from that of the dialogues")
-    elif "system" in shape.parts and prompt[0].role != "system":
-        prompt = shape.system(row) + prompt
+    else:
+        prompt = shape.behind_system(prompt, row)
     return prompt, first[-1:], second[-1:]
 
 
@@ -119,8 +136,7 @@ def prompt(shape: Shape, row: Row) -> Turns:
     else:
         assert shape.answer is not None
         found = _dialogue(shape.answer, row)
-        if "system" in shape.parts and found[0].role != "system":
-            found = shape.system(row) + found
+        found = shape.behind_system(found, row)
     while found and found[-1].role == "assistant":
         found = found[:-1]
     _check_prompt(found)
@@ -154,6 +170,6 @@ def margin(shape: Shape, row: Row, needed: bool) -> float:
 
 
 def _rating(column: Column, row: Row, needed: bool) -> float:
-    """The number; NaN of a null one that nothing needs."""
+    """The number; NaN of a null one (or an empty cell) that nothing needs."""
     value = column.of(row)
-    return math.nan if value is None and not needed else number(value, column.name)
+    return math.nan if value in (None, "") and not needed else number(value, column.name)

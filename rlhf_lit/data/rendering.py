@@ -41,6 +41,7 @@ class Rendered:
         in_blocks: the spans are the template's ``{% generation %}`` blocks, without what closes them.
         last: number of the last turn where that is an assistant's, so that the sequence ends with its EOS; else None.
         unsupervised: answers that were not found.
+        left_out: fields of turns that hold text and that the template does not write.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Rendered:
     in_blocks: bool = False
     last: int | None = None
     unsupervised: int = 0
+    left_out: frozenset[str] = frozenset()
 
 
 class Renderer:
@@ -103,7 +105,7 @@ class Renderer:
         spans, in_blocks = self._place(text, blocks, places, turns, tools, answers, wanted)
         lost = len(set(wanted) - {span.message for span in spans})
         last = len(turns) - 1 if turns and turns[-1].role == "assistant" else None
-        return Rendered(text, prompt, shown, spans, in_blocks, last, lost)
+        return Rendered(text, prompt, shown, spans, in_blocks, last, lost, self.template.left_out(messages))
 
     def _place(
         self,

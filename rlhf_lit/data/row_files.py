@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from rlhf_lit.data import json_rows
-from rlhf_lit.data.formats import BATCH, BUFFER, Reading, kind_of, read, reason
+from rlhf_lit.data.formats import BATCH, BUFFER, Reading, kind_of, read, reason, with_names
 from rlhf_lit.data.json_rows import Line
 from rlhf_lit.errors import UserError
 
@@ -162,10 +162,11 @@ class DatasetRows(RowFile):
     def _all(self, progress: Progress) -> Iterator[Any]:
         total, count = max(1, len(self.data)), 0
         progress.done = lambda: count / total
+        classes = _classes(self.data)
         for table in self.data.with_format("arrow").iter(BATCH):
             for row in table.to_pylist():
                 count += 1
-                yield row
+                yield with_names(row, classes)
 
 
 @dataclass
@@ -196,7 +197,7 @@ class StreamedRows(RowFile):
     def _all(self, progress: Progress) -> Iterator[Any]:
         count = 0
         progress.done = lambda: min(1.0, count / self.size) if self.size else 0.0
-        rows = iter(self.data)
+        rows, classes = iter(self.data), _classes(self.data)
         while True:
             try:
                 row = next(rows)
@@ -205,7 +206,14 @@ class StreamedRows(RowFile):
             except Exception as error:  # the hub client, fsspec and datasets raise unrelated kinds
                 raise UserError(f"{self.label}: row {count} cannot be read: {reason(error)}") from error
             count += 1
-            yield row
+            yield with_names(row, classes)
+
+
+def _classes(data: Any) -> dict[str, list[str]]:
+    """The columns of a data set of `datasets` whose numbers stand for names."""
+    from datasets import ClassLabel
+
+    return {name: feature.names for name, feature in (data.features or {}).items() if isinstance(feature, ClassLabel)}
 
 
 @dataclass

@@ -13,7 +13,14 @@ from typing import Any, Literal
 
 from rlhf_lit.data import columns as c
 from rlhf_lit.data.columns import Column, Columns, slot
-from rlhf_lit.data.messages import check_alternation, check_prompt, history, holds_messages, parse_dialogue
+from rlhf_lit.data.messages import (
+    begins_before_the_answer,
+    check_alternation,
+    check_prompt,
+    history,
+    holds_messages,
+    parse_dialogue,
+)
 from rlhf_lit.data.messages import messages as messages_of
 from rlhf_lit.data.messages import tools as tools_of
 from rlhf_lit.data.rows import Message, Row, Turns, checked_text, optional_text
@@ -67,6 +74,11 @@ class Shape:
         text = optional_text(column.of(row), column.name) if column is not None else ""
         return (Message("system", text),) if text else ()
 
+    def behind_system(self, turns: Turns, row: Row) -> Turns:
+        """The turns behind that of the ``system`` column, unless they begin with the same one. Raises BadRow."""
+        system = self.system(row)
+        return turns if turns[:1] == system else system + turns
+
     def tools(self, row: Row) -> tuple[Any, ...]:
         """The tools that the row's conversation may call. Raises BadRow."""
         column = self.parts.get("tools")
@@ -74,9 +86,7 @@ class Shape:
 
     def messages(self, column: Column, row: Row) -> Turns:
         """The turns of a column of messages, behind the system turn. Raises BadRow."""
-        found = messages_of(column.of(row), column.name)
-        if "system" in self.parts:
-            found = self.system(row) + found
+        found = self.behind_system(messages_of(column.of(row), column.name), row)
         check_alternation(found)
         return found
 
@@ -163,7 +173,7 @@ def find_shape(rows: Sequence[Any], source: Source, kind: RecordKind) -> Shape:
     here = columns.available(found)
     read = {column.source for column in shape.core}
     beside = {name: here[name] for name in kind.beside if name in here and here[name].source not in read}
-    if shape.prompt is None or shape.prompt.name in c.CHAT:  # what stands beside the text of a prompt has no place
+    if not _asks_in_one_text(shape, records):  # what stands beside the text of a prompt has no place
         beside = {name: column for name, column in beside.items() if name not in ("input", "history")}
     shape = replace(shape, parts={**shape.parts, **beside})
     _check_mapped(shape, columns, source, kind)
@@ -172,6 +182,21 @@ def find_shape(rows: Sequence[Any], source: Source, kind: RecordKind) -> Shape:
     if shape.form == "pair" and kind.judges and not columns.no_verdict:
         _refuse_passing_over(shape, columns, found, source)
     return shape
+
+
+def _asks_in_one_text(shape: Shape, records: Sequence[Row]) -> bool:
+    """Whether prompts are the text of one turn, by the first row that has one: not messages, a dialogue, or what the
+    answers begin with."""
+    if shape.prompt is None or shape.prompt.name in c.CHAT:
+        return False
+    columns = [column for column in (shape.prompt, shape.answer, shape.other) if column is not None]
+    row = next((row for row in records if all(row.get(name) for one in columns for name in one.sources)), None)
+    if row is None or shape.prompt.pieces:
+        return True
+    prompt, *answers = (row.get(column.source) for column in columns)
+    if holds_messages(prompt) or (isinstance(prompt, str) and parse_dialogue(prompt) is not None):
+        return False
+    return shape.form not in ("pair", "versus") or not any(map(begins_before_the_answer, answers))
 
 
 def _elected(records: Sequence[Row], columns: Columns, kind: RecordKind) -> Shape | None:

@@ -7,39 +7,43 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
 
 from rlhf_lit.errors import UserError
+
+if TYPE_CHECKING:  # else where it is used: a wrong key of a configuration is told without it
+    import pyarrow as pa  # type: ignore[import-untyped]
 
 ColumnType = Literal["tokens", "mask", "token lists", "masks", "ranks", "numbers", "number", "flag", "text"]
 """Of a column: tokens and mask of one sequence, those of several; integers, floats, one float, one bool; text."""
 
 ColumnTypes = Mapping[str, ColumnType]
 
-TYPES: dict[ColumnType, pa.DataType] = {
-    "tokens": pa.list_(pa.int32()),
-    "mask": pa.list_(pa.bool_()),
-    "token lists": pa.list_(pa.list_(pa.int32())),
-    "masks": pa.list_(pa.list_(pa.bool_())),
-    "ranks": pa.list_(pa.int32()),
-    "numbers": pa.list_(pa.float64()),
-    "number": pa.float64(),
-    "flag": pa.bool_(),
-    "text": pa.string(),
-}
-DTYPES = {pa.int32(): np.int32, pa.int64(): np.int64, pa.float64(): np.float64, pa.bool_(): np.bool_}
-# What every row has besides: its number in the data file, and the row as the file has it.
-OWN = {"row": pa.int64(), "source": pa.string()}
+DTYPES = {"int32": np.int32, "int64": np.int64, "double": np.float64, "bool": np.bool_}
 _SUMMARY = b"summary"
 _as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def schema_of(columns: ColumnTypes) -> pa.Schema:
-    """The Arrow schema of rows with these columns."""
-    return pa.schema([*((name, TYPES[kind]) for name, kind in columns.items()), *OWN.items()])
+    """The Arrow schema of rows with these columns, their number in the data file, and the row as the file has it."""
+    import pyarrow as pa
+
+    tokens, mask = pa.list_(pa.int32()), pa.list_(pa.bool_())
+    types: dict[ColumnType, pa.DataType] = {
+        "tokens": tokens,
+        "mask": mask,
+        "token lists": pa.list_(tokens),
+        "masks": pa.list_(mask),
+        "ranks": pa.list_(pa.int32()),
+        "numbers": pa.list_(pa.float64()),
+        "number": pa.float64(),
+        "flag": pa.bool_(),
+        "text": pa.string(),
+    }
+    own = {"row": pa.int64(), "source": pa.string()}
+    return pa.schema([*((name, types[kind]) for name, kind in columns.items()), *own.items()])
 
 
 # Arrays are made of and read from Arrow's buffers: `pyarrow.array` and `to_numpy` import pandas, which takes as long as
@@ -48,6 +52,8 @@ def schema_of(columns: ColumnTypes) -> pa.Schema:
 
 def record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
     """Rows as Arrow has them; a ``source`` becomes JSON, in which a date, say, is text."""
+    import pyarrow as pa
+
     columns = [
         _array([_as_json(row["source"]) if field.name == "source" else row[field.name] for row in rows], field.type)
         for field in schema
@@ -57,6 +63,8 @@ def record_batch(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Rec
 
 def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """An array of values, none of which is null."""
+    import pyarrow as pa
+
     count = len(values)
     if pa.types.is_list(kind):
         offsets, inner = _offsets(values), _array(list(chain.from_iterable(values)), kind.value_type)
@@ -64,13 +72,15 @@ def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     if pa.types.is_string(kind):
         texts = [value.encode() for value in values]
         return pa.Array.from_buffers(kind, count, [None, _offsets(texts), pa.py_buffer(b"".join(texts))])
-    numbers: np.ndarray = np.fromiter(values, DTYPES[kind], count)
+    numbers: np.ndarray = np.fromiter(values, DTYPES[str(kind)], count)
     data = np.packbits(numbers, bitorder="little") if pa.types.is_boolean(kind) else numbers
     return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(data)])
 
 
 def _offsets(values: Sequence[Any]) -> pa.Buffer:
     """Where each value begins in all of them together, and where the last one ends."""
+    import pyarrow as pa
+
     ends = np.zeros(len(values) + 1, np.int64)
     np.cumsum([len(value) for value in values], out=ends[1:])
     return pa.py_buffer(ends.astype(np.int32))
@@ -78,6 +88,8 @@ def _offsets(values: Sequence[Any]) -> pa.Buffer:
 
 def _values(array: pa.Array, start: int, end: int) -> list[Any]:
     """Entries [start, end) of an array without nulls."""
+    import pyarrow as pa
+
     if start == end:
         return []
     if pa.types.is_string(array.type):
@@ -90,7 +102,7 @@ def _values(array: pa.Array, start: int, end: int) -> list[Any]:
         whole = np.frombuffer(data, np.uint8)[start // 8 : -(-end // 8)]
         bits = np.unpackbits(whole, bitorder="little").view(np.bool_)
         return bits[start % 8 :][: end - start].tolist()
-    return np.frombuffer(data, DTYPES[array.type])[start:end].tolist()
+    return np.frombuffer(data, DTYPES[str(array.type)])[start:end].tolist()
 
 
 def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summary: Callable[[], object]) -> None:
@@ -105,6 +117,8 @@ def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], summ
     Raises:
         OSError: it cannot be written there.
     """
+    import pyarrow as pa
+
     with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
@@ -194,6 +208,8 @@ class StoredRows(ArrowRows):
     """
 
     def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
         self.path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         _, notes = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
@@ -245,6 +261,8 @@ class JoinedRows(Rows):
 
 def opened(path: Path) -> StoredRows | None:
     """The rows of a store; None where there is none, or no whole one."""
+    import pyarrow as pa
+
     with suppress(OSError, ValueError, pa.ArrowException):
         return StoredRows(path)
     return None

@@ -49,6 +49,8 @@ _REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, 
 
 # Markers of the probes: words that no template writes by itself.
 _SAID, _CALLED, _KEY, _VALUE, _RESULT = "Quxsaid", "quxcalled", "quxkey", "quxvalue", "Quxresult"
+# Fields of an assistant's turn that hold what it thought.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 @cache
@@ -89,6 +91,7 @@ class ChatTemplate:
         self.special = dict(special)
         self.marks_answers = bool(_GENERATION_BLOCK.search(source))
         self._told_of_folding = False
+        self._written: dict[str, bool] = {}
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] = (), answer_next: bool = False) -> str:
         """The conversation as text; with ``answer_next`` also what opens an answer.
@@ -197,6 +200,17 @@ class ChatTemplate:
         if tools and not self._tool_use.tools:
             return "the chat template does not render the list of tools"
         return None
+
+    def left_out(self, messages: Sequence[Message]) -> frozenset[str]:
+        """Which thoughts of the turns the template never writes, by the name of their field."""
+        found = {name for message in messages if message.extra for name in THOUGHTS if name in message.extra}
+        return frozenset(name for name in found if not self._writes(name))
+
+    def _writes(self, name: str) -> bool:
+        if name not in self._written:
+            turns = (Message("user", "Hi"), Message("assistant", "A", extra={name: _SAID}))
+            self._written[name] = _SAID in (self.rendered(turns) or "")
+        return self._written[name]
 
     @cached_property
     def writes_bos_between_turns(self) -> bool:

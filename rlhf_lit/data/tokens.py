@@ -16,9 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
 import xxhash
 from filelock import FileLock
 
@@ -34,8 +33,11 @@ from rlhf_lit.data.store import StoredRows
 from rlhf_lit.errors import UserError, say
 from rlhf_lit.files import atomic
 
+if TYPE_CHECKING:
+    import pyarrow as pa  # type: ignore[import-untyped]
+
 # Part of a store's key: raise it when the same file would give other rows.
-TOKENISATION_VERSION = 3
+TOKENISATION_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Work:
             rows.append({**made, "row": record.row, "source": record.source})
             places.append(place)
             moved.append(any(one.boundary_moved for one in tokens if isinstance(one, Encoded)))
+            unused |= {f"{name} of messages" for one in tokens if isinstance(one, Encoded) for name in one.left_out}
             unsupervised.append(sum(one.unsupervised for one in tokens if isinstance(one, Encoded)))
         skipped.sort(key=lambda one: one.row)
         batch = store.record_batch(rows, self.schema)

@@ -58,5 +58,5 @@ def test_a_wrong_key_waits_for_no_rows_and_no_adapters(held: list[set[str]]) -> 
 
 def test_a_run_makes_its_step_without_loggers_it_has_not(held: list[set[str]]) -> None:
     """peft is there all the same: transformers' schedules bring it."""
-    assert {"torch", "datasets", "transformers.models.llama.modeling_llama"} <= held[2]
-    assert not {"wandb", "tensorboard", "sklearn", "vllm"} & held[2]
+    assert {"torch", "pyarrow", "transformers.models.llama.modeling_llama"} <= held[2]
+    assert not {"wandb", "tensorboard", "sklearn", "vllm", "datasets", "pandas"} & held[2]

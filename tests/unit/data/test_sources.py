@@ -211,7 +211,8 @@ def test_rows_inside_of_an_object(tmp_path: Path) -> None:
     ):
         for indent in (None, 1):
             source = put(tmp_path / "rows.json", json.dumps(value, indent=indent), columns={"rows": at})
-            assert read_rows(source) == ROWS
+            around = {f"../{name}": text for name, text in value.items() if name == "version"}
+            assert read_rows(source) == [{**around, **row} for row in ROWS]
     per_line = put(tmp_path / "r.jsonl", lines([{"x": ROWS[:4]}, {"y": 1}, {"x": ROWS[4:]}]), columns={"rows": "x"})
     found = read_rows(per_line)
     assert found[:4] + found[5:] == ROWS
