@@ -117,7 +117,7 @@ def test_rows_need_no_pandas(path: Path) -> None:
     """Its import takes as long as thousands of rows."""
     script = (
         "import sys\n"
-        "from tests.unit.data.test_store import *\n"
+        "from tests.unit.data.test_stored_rows import *\n"
         f"rows = StoredRows(Path({str(path)!r}))\n"
         "assert dict(rows[3]) == row(3)\n"
         "record_batch([row(3)], schema_of(COLUMNS))\n"
