@@ -68,6 +68,31 @@ class BatchTokenizer:
         backend.no_padding()
         return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def ids_of_groups(self, texts: Sequence[str], shared: Sequence[int]) -> list[list[int]]:
+        """Token ids of each text; what it has in common with the first of its group is tokenised once.
+
+        Args:
+            texts: one group after the other.
+            shared: how many characters each begins with in common with the first text of its group; 0 of that itself.
+        """
+        firsts = iter(self.ids([text for text, common in zip(texts, shared, strict=True) if not common]))
+        results: list[list[int]] = []
+        tails: list[tuple[int, str]] = []
+        cuts: list[tuple[int, int, int]] | None = None
+        for text, common in zip(texts, shared, strict=True):
+            if not common:
+                first, first_ids, cuts = text, next(firsts), None
+                results.append(first_ids)
+                continue
+            if cuts is None:
+                cuts = self._cuts_of(first, first_ids)
+            token, start = next(((token, start) for token, start, end in reversed(cuts) if end <= common), (0, 0))
+            tails.append((len(results), text[start:]))
+            results.append(first_ids[:token])
+        for (place, _), ids in zip(tails, self.ids([tail for _, tail in tails]), strict=True):
+            results[place] = results[place] + ids
+        return results
+
     def starts(self, text: str) -> list[int]:
         """The first character of each token of a text; fast tokenizers alone can tell."""
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

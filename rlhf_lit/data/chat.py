@@ -64,6 +64,17 @@ class Encoded:
     left_out: frozenset[str] = frozenset()
 
 
+def _shared_prompts(drafts: Sequence[Rendered]) -> list[int]:
+    """Of each text, the characters of its prompt where the text before it has the same one; else 0."""
+    shared: list[int] = []
+    before: str | None = None
+    for draft in drafts:
+        prompt = draft.prompt if draft.prompt and draft.text.startswith(draft.prompt) else None
+        shared.append(len(prompt) if prompt is not None and prompt == before else 0)
+        before = prompt
+    return shared
+
+
 class ChatFormat:
     """A tokenizer with the template it is used with.
 
@@ -108,7 +119,7 @@ class ChatFormat:
         drafts = self._renderer.wholes(conversations)
         good = [draft for draft in drafts if not isinstance(draft, str)]
         texts = [draft.text for draft in good]
-        ids = self._batch.ids(texts)
+        ids = self._batch.ids_of_groups(texts, _shared_prompts(good))
         ends: list[set[int]] = []
         apart = []
         for draft in good:

@@ -81,3 +81,34 @@ def test_only_what_stands_behind_the_last_cut_is_tokenised_again(monkeypatch: py
     batch.beginnings([text, text], ids * 2, [ends, ends])
     batch.beginnings([text], ids, [ends])
     assert asked == [["<|im_start|>assistant\n"], []]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_texts_that_begin_alike_are_tokenised_as_if_alone(name: str) -> None:
+    if name not in ("small", "python") and not REAL.is_dir():
+        pytest.skip(f"no real data at {REAL} (set RLHF_LIT_DATA)")
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.add_tokens(list(ADDED))
+    batch = BatchTokenizer(tokenizer)
+    parts = st.lists(PARTS, max_size=6).map("".join)
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(parts, st.lists(parts, min_size=1, max_size=3)), max_size=3))
+    def check(groups: list[tuple[str, list[str]]]) -> None:
+        texts = [prompt + answer for prompt, answers in groups for answer in answers]
+        shared = [len(prompt) if i else 0 for prompt, answers in groups for i in range(len(answers))]
+        assert batch.ids_of_groups(texts, shared) == [
+            tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts
+        ]
+
+    check()
+
+
+def test_a_prompt_with_two_answers_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = BatchTokenizer(small())
+    prompt = "<|im_start|>user\nWhat is 4?<|im_end|>\n<|im_start|>assistant\n"
+    asked: list[list[str]] = []
+    tokens_of = batch.ids
+    monkeypatch.setattr(batch, "ids", lambda texts: asked.append(list(texts)) or tokens_of(texts))
+    batch.ids_of_groups([prompt + "4", prompt + "5"], [0, len(prompt)])
+    assert asked == [[prompt + "4"], ["<|im_start|>assistant\n5"]]
