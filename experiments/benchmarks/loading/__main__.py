@@ -1,7 +1,7 @@
 """Rows per second from a file to tokens on disk, ours and `datasets.map` as TRL uses it in turns. See ../RESULTS.md.
 
     python -m experiments.benchmarks.loading                                     both, in three shapes
-    python -m experiments.benchmarks.loading --large 1000000 --tokens 100        ours alone: time, memory, second start
+    python -m experiments.benchmarks.loading --large 1000000 --start             ours alone: time, memory, second start
 
 With one worker the process is held to one core; tokenizers' own threads are off on both sides.
 """
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +68,12 @@ def load(side: str, file: Path, shape: str, folder: Path, workers: int) -> Loade
     return Loaded(**json.loads(ended.stdout.splitlines()[-1]))
 
 
-def compare(folder: Path, count: int, turns: int) -> None:
+def compare(folder: Path, shapes: Sequence[str], count: int, turns: int) -> None:
     """A line for each shape and number of workers."""
     print(
         "| rows | workers | ours, rows/s | peer, rows/s | faster | ours, GB | peer, GB |\n|---|---|---|---|---|---|---|"
     )
-    for shape in SHAPES:
+    for shape in shapes:
         file = folder / f"{shape}.jsonl"
         write_rows(file, shape, count, TOKENS[shape])
         for workers in (1, 2):
@@ -91,8 +92,8 @@ def compare(folder: Path, count: int, turns: int) -> None:
             )
 
 
-def large(folder: Path, count: int, tokens: int, workers: int) -> None:
-    """A large file of prompts with completions: its first loading, its second, and a second start of a run."""
+def large(folder: Path, count: int, tokens: int, workers: int, start: bool) -> None:
+    """A large file of prompts with completions: its first loading, its second, and with ``start`` those of a run."""
     file = folder / "large.jsonl"
     write_rows(file, "prompt", count, tokens)
     print(f"{count:,} rows of {tokens} tokens, {file.stat().st_size / 1e9:.2f} GB, {workers} workers")
@@ -105,6 +106,8 @@ def large(folder: Path, count: int, tokens: int, workers: int) -> None:
         )
     (stored,) = (folder / "cache").glob("*.arrow")
     print(f"on disk: {stored.stat().st_size / 1e9:.2f} GB")
+    if not start:
+        return
     run = [
         "fit",
         "--config=configs/sft/quickstart.yaml",
@@ -125,18 +128,20 @@ def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000, help="of each file (20 000)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES, help="of the rows (all)")
     parser.add_argument("--turns", type=int, default=3, help="of both sides (3)")
     parser.add_argument("--large", type=int, help="instead: rows of a large file, loaded by ours alone")
     parser.add_argument("--tokens", type=int, default=100, help="of a row of the large file (100)")
     parser.add_argument("--workers", type=int, default=2, help="for the large file (2)")
+    parser.add_argument("--start", action="store_true", help="also how long a run takes to its first step")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tokenizer(folder / "tokenizer")
         if given.large:
-            large(folder, given.large, given.tokens, given.workers)
+            large(folder, given.large, given.tokens, given.workers, given.start)
         else:
-            compare(folder, given.rows, given.turns)
+            compare(folder, given.shapes, given.rows, given.turns)
 
 
 if __name__ == "__main__":
