@@ -87,7 +87,8 @@ class Run:
             process.kill()
         for process in self._processes:
             process.join()
-        assert [process.exitcode for process in self._processes] == [-signal.SIGKILL] * len(self._processes)
+        codes = [process.exitcode for process in self._processes]
+        assert codes == [-signal.SIGKILL] * len(self._processes), codes
 
     def said(self) -> str:
         """What it wrote to the terminal."""
