@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
@@ -24,6 +25,21 @@ _server.set_forkserver_preload(
     ["rlhf_lit.commands.training", "rlhf_lit.algorithms", "peft", "datasets",
      "transformers.models.llama.modeling_llama", "transformers.generation.utils"]
 )  # fmt: skip
+
+
+# The server tells how a process ended once. Starting one asks after all others too, so that of two threads that ask at
+# the same time one would hear nothing, and take it for status 255.
+_asking = threading.Lock()
+
+
+def _status(process: ForkServerProcess, deadline: float) -> int | None:
+    """How a process ended; None where it has not at the deadline (by ``time.monotonic``)."""
+    while True:
+        with _asking:
+            status = process.exitcode
+        if status is not None or time.monotonic() >= deadline:
+            return status
+        time.sleep(0.02)
 
 
 class Run:
@@ -56,21 +72,19 @@ class Run:
             here, more = last if last and rank == ranks - 1 else (folder, ())
             words = [*map(str, argv), *more]
             process = _server.Process(target=_work, args=(words, here, places, environment, said), daemon=True)
-            process.start()
+            with _asking:
+                process.start()
             self._processes.append(process)
 
     def wait(self) -> None:
         """Until it has ended, with status 0."""
-        for process in self._processes:
-            process.join(PATIENCE)
-        assert [process.exitcode for process in self._processes] == [0] * len(self._processes), self.said()
+        deadline = time.monotonic() + PATIENCE
+        assert [_status(process, deadline) for process in self._processes] == [0] * len(self._processes), self.said()
 
     def statuses(self, patience: float = PATIENCE) -> list[int]:
         """How its processes have ended, which must be within so many seconds."""
         deadline = time.monotonic() + patience
-        for process in self._processes:
-            process.join(max(0, deadline - time.monotonic()))
-        statuses = [process.exitcode for process in self._processes]
+        statuses = [_status(process, deadline) for process in self._processes]
         for process in self._processes:
             process.kill()
         assert None not in statuses, f"not ended after {patience} s: {statuses}\n{self.said()}"
@@ -80,14 +94,12 @@ class Run:
         """SIGKILL, as soon as each rank has left its note (see ``stalling``)."""
         deadline = time.monotonic() + PATIENCE
         while not all(Path(f"{note}.{rank}").exists() for rank in range(len(self._processes))):
-            assert all(process.exitcode is None for process in self._processes), self.said()
+            assert all(_status(process, 0.0) is None for process in self._processes), self.said()
             assert time.monotonic() < deadline, f"the step it was to be killed at never came\n{self.said()}"
             time.sleep(0.02)
         for process in self._processes:
             process.kill()
-        for process in self._processes:
-            process.join()
-        codes = [process.exitcode for process in self._processes]
+        codes = [_status(process, time.monotonic() + PATIENCE) for process in self._processes]
         assert codes == [-signal.SIGKILL] * len(self._processes), codes
 
     def said(self) -> str:
