@@ -30,3 +30,8 @@ def say(line: str, every_rank: bool = False) -> None:
     ranks = sys.modules.get("lightning.fabric.utilities.rank_zero")
     if every_rank or ranks is None or not ranks.rank_zero_only.rank:
         print(line, file=sys.stderr, flush=True)
+
+
+def first_line(reason: object) -> str:
+    """The first line of what a library says, or the kind of error where it says nothing."""
+    return (str(reason).strip().splitlines() or [type(reason).__name__])[0]

@@ -60,7 +60,7 @@ def save_small_model(folder: Path, hidden: int = 32, intermediate: int = 48) -> 
     """The built-in world's tokenizer with a Llama of some 20 000 weights, that ends its answers now and then."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf_lit.models.loading import PLAYGROUND
+    from rlhf_lit.models.base import PLAYGROUND
 
     config = AutoConfig.from_pretrained(PLAYGROUND)
     config.update({"hidden_size": hidden, "intermediate_size": intermediate, "head_dim": hidden // 2})

@@ -17,7 +17,7 @@ from experiments.steps import call
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation.sampling import draw
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.engine import Sampling
 
 HERE = Path(__file__).parent

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from rlhf_lit.batches import Record
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.compilation import compile_layers
 from rlhf_lit.models.flops import count_flops, uncounted
-from rlhf_lit.models.loading import Base, load_tokenizer, require_embeddings
+from rlhf_lit.models.loading import load_tokenizer, require_embeddings
 from rlhf_lit.models.packing import layout_of
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import reseed

@@ -20,7 +20,7 @@ from rlhf_lit.batches import PreferenceBatch, Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import PairLogProbs, PreferenceLoss
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.rollout.engine import Sampling
 

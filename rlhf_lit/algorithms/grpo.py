@@ -19,7 +19,7 @@ from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.losses.advantages import AdvantageEstimator, GroupRelative
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, PolicyLoss
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 

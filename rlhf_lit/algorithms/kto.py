@@ -21,8 +21,8 @@ from rlhf_lit.batches.micro_batches import SCORING_BUDGET
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import KTOLoss
 from rlhf_lit.losses.reductions import row_sums
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.flops import uncounted
-from rlhf_lit.models.loading import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.packing import layout_of
 from rlhf_lit.parallel.sharding import sharding_of

@@ -23,7 +23,7 @@ from rlhf_lit.batches import PromptBatch, Record, Sequences
 from rlhf_lit.batches.micro_batches import SCORING_BUDGET
 from rlhf_lit.errors import UserError, say
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.loading import Base, require_no_dropout
+from rlhf_lit.models.base import Base, require_no_dropout
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.parallel.sharding import sharding_of

@@ -24,7 +24,7 @@ from rlhf_lit.losses.advantages import AdvantageEstimator, LeaveOneOut
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss, PolicyLoss
 from rlhf_lit.losses.reductions import masked_sum, token_weights
-from rlhf_lit.models.loading import Base, require_no_dropout
+from rlhf_lit.models.base import Base, require_no_dropout
 from rlhf_lit.models.logprobs import PolicyOutputs, policy_outputs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.score_pass import exact_kl_to_reference

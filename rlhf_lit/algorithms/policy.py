@@ -11,7 +11,7 @@ from lightning import LightningModule
 from rlhf_lit.batches import PromptBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import context_length, stop_ids
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import derive_seed, row_keys

@@ -24,8 +24,8 @@ from rlhf_lit.losses.advantages import GAE, AdvantageEstimator
 from rlhf_lit.losses.kl import KLController
 from rlhf_lit.losses.policy_gradient import ClippedValueLoss
 from rlhf_lit.losses.reductions import masked_sum
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.heads import token_values
-from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource

@@ -26,8 +26,9 @@ from rlhf_lit.batches import ComparedBatch, Comparisons, PreferenceBatch, Ranked
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
 from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.heads import reward_bias, sequence_scores
-from rlhf_lit.models.loading import Base, load_scorer
+from rlhf_lit.models.loading import load_scorer
 from rlhf_lit.models.packing import layout_of
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.rewards import score_sequences

@@ -17,7 +17,7 @@ from rlhf_lit.algorithms.policy import Writer
 from rlhf_lit.batches import SupervisedBatch
 from rlhf_lit.losses.reductions import masked_sum
 from rlhf_lit.losses.supervised import NLLLoss
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.rollout.engine import Sampling

@@ -11,7 +11,7 @@ from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation.sampling import draw
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.engine import Sampling
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends it"

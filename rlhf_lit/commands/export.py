@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlhf_lit.commands.training import Parser, quiet_libraries
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, first_line
 from rlhf_lit.export.card import model_card
 from rlhf_lit.export.comparison import COMPARED_TOKENS, Difference, compared_on, largest, plain_outputs, trained_outputs
-from rlhf_lit.export.trained import Trained, first_line
+from rlhf_lit.export.trained import Trained
 from rlhf_lit.files import atomic, short_path
 from rlhf_lit.models.anatomy import context_length
-from rlhf_lit.models.loading import Dtype, load_tokenizer
+from rlhf_lit.models.loading import load_tokenizer
+from rlhf_lit.models.quantization import Dtype
 from rlhf_lit.models.saving import write_model
 
 

@@ -13,7 +13,7 @@ from rlhf_lit.data.records import Message
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.sampling import draw
 from rlhf_lit.files import atomic
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.engine import Sampling
 
 

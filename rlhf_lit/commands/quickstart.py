@@ -16,7 +16,7 @@ from rlhf_lit.commands import playground as pairs
 from rlhf_lit.commands import training
 from rlhf_lit.commands.training import Parser
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 
 if TYPE_CHECKING:
     from rlhf_lit.evaluation.scoreboard import Row

@@ -25,7 +25,9 @@ from rlhf_lit.data.truncation import Truncation, truncate_group
 from rlhf_lit.errors import UserError, say
 from rlhf_lit.files import atomic
 from rlhf_lit.models.anatomy import context_length
-from rlhf_lit.models.loading import Base, Dtype, Quantization, load_scorer, load_tokenizer
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_scorer, load_tokenizer
+from rlhf_lit.models.quantization import Dtype, Quantization
 from rlhf_lit.rollout.rewards import score_sequences
 
 WINDOW = 1024  # rows that are sorted by length together

@@ -23,7 +23,7 @@ from rlhf_lit.evaluation.answers import Answers, Judge, read_answers
 from rlhf_lit.evaluation.divergence import kl_per_response
 from rlhf_lit.evaluation.win_rate import wins
 from rlhf_lit.models.anatomy import context_length
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.training.reduction import sum_over_ranks
 

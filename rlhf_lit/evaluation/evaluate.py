@@ -22,7 +22,8 @@ from rlhf_lit.evaluation.on_prompts import check_vocabulary, on_prompts
 from rlhf_lit.evaluation.report import Evaluation
 from rlhf_lit.evaluation.setup import Setup
 from rlhf_lit.files import append_rows, replace_file
-from rlhf_lit.models.loading import Base, Dtype
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.quantization import Dtype
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel, RewardSource, RewardSum
 from rlhf_lit.trainer.callbacks import environment

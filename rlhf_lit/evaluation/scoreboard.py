@@ -17,7 +17,8 @@ from rlhf_lit.evaluation.divergence import kl_per_response
 from rlhf_lit.evaluation.estimates import Estimate
 from rlhf_lit.evaluation.sampling import SCORING_TOKENS, draw
 from rlhf_lit.evaluation.win_rate import wins
-from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_causal_lm, load_scorer
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import score_sequences
 

@@ -12,7 +12,9 @@ from rlhf_lit.data.chat import Template
 from rlhf_lit.data.records import OnBadRow
 from rlhf_lit.errors import UserError
 from rlhf_lit.export.trained import Trained
-from rlhf_lit.models.loading import Base, Dtype, load_causal_lm
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_causal_lm
+from rlhf_lit.models.quantization import Dtype
 from rlhf_lit.rollout.engine import Sampling
 
 

@@ -14,9 +14,9 @@ from rlhf_lit.batches import Sequences
 from rlhf_lit.data.chat import ChatFormat
 from rlhf_lit.data.records import Message
 from rlhf_lit.export.trained import Trained, on_device
-from rlhf_lit.models.loading import stored_bias
 from rlhf_lit.models.logprobs import logits
 from rlhf_lit.models.packing import hidden_states
+from rlhf_lit.models.scorers import stored_bias
 from rlhf_lit.rollout.rewards import score_sequences
 
 # What exported and trained model are compared on. Their logits stand in memory together: 0.6 GB for 150 000 tokens.

@@ -11,11 +11,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, first_line
 from rlhf_lit.files import load_yaml, short_path
 from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.foundation import Foundation
-from rlhf_lit.models.loading import Base, Dtype, load_causal_lm, load_scorer, stored_bias
+from rlhf_lit.models.loading import load_causal_lm, load_scorer
+from rlhf_lit.models.quantization import Dtype
+from rlhf_lit.models.scorers import stored_bias
 from rlhf_lit.runs import EXPORT, resolve_model
 
 
@@ -183,7 +186,3 @@ def _untie(wrapped: Any) -> None:
         layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         inner.config.tie_word_embeddings = False
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,10 +20,13 @@ import torch
 from torch import nn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.adapters import holds_adapter
 from rlhf_lit.models.anatomy import is_wrapped, unwrapped
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
-from rlhf_lit.models.loading import Base, holds_adapter, load_causal_lm, load_scorer, stored_bias
+from rlhf_lit.models.loading import load_causal_lm, load_scorer
+from rlhf_lit.models.scorers import stored_bias
 
 # "policy", "reference", "value", or what ``add_reward`` returns.
 Role = str

@@ -15,7 +15,7 @@ from rlhf_lit.errors import UserError, say
 from rlhf_lit.evaluation.answers import read_prompts
 from rlhf_lit.evaluation.evaluate import evaluate, in_words
 from rlhf_lit.files import load_yaml, short_path
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.report.evaluations import FOLDER, evaluations_of, kind_of
 from rlhf_lit.report.reading import Run
 from rlhf_lit.rollout.engine import Sampling

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from rlhf_lit.batches import Sequences
 from rlhf_lit.batches.micro_batches import no_rows
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.adapters import holds_adapter
 from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.heads import reward_bias, sequence_scores
-from rlhf_lit.models.loading import Base, Dtype, Quantization, holds_adapter, load_scorer, load_tokenizer
+from rlhf_lit.models.loading import load_scorer, load_tokenizer
 from rlhf_lit.models.packing import layout_of
+from rlhf_lit.models.quantization import Dtype, Quantization
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.parallel.sharding import sharding_of
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import unwrapped
-from rlhf_lit.models.loading import Dtype
 from rlhf_lit.models.merging import merged_weights
+from rlhf_lit.models.quantization import Dtype
 from rlhf_lit.rollout.engine import Samples, Sampling
 
 # vLLM raises a temperature between 0 and this one to it (vllm/sampling_params.py): another distribution.

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from rlhf_lit.errors import say
+from rlhf_lit.errors import first_line, say
 from rlhf_lit.files import plain, replace_file
 
 INIT_TIMEOUT = 30.0  # seconds to wait for W&B before a run goes on without it
@@ -148,7 +148,7 @@ class WandB(WandbLogger):
 
     def _go_offline(self, reason: object) -> None:
         self._offline = True
-        say(f"warning: W&B is not reachable ({_first_line(reason)}); recording offline, 'wandb sync' uploads it later")
+        say(f"warning: W&B is not reachable ({first_line(reason)}); recording offline, 'wandb sync' uploads it later")
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Do it, or say once that W&B gave up and go on without."""
@@ -158,7 +158,7 @@ class WandB(WandbLogger):
             action()
         except Exception as error:  # a run never dies of its logger
             self._silenced = True
-            say(f"warning: W&B gave up ({_first_line(error)}); the run goes on without it, metrics.csv has everything")
+            say(f"warning: W&B gave up ({first_line(error)}); the run goes on without it, metrics.csv has everything")
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -203,7 +203,3 @@ def _no_wandb() -> str | None:
 
 def _cell(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else json.dumps(value, default=plain)
-
-
-def _first_line(reason: object) -> str:
-    return (str(reason).strip().splitlines() or [type(reason).__name__])[0]

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.flops import FlopCount
-from rlhf_lit.models.loading import Base
 
 
 def log_rate(algorithm: Any, counted: FlopCount, seconds: float) -> None:

@@ -14,7 +14,8 @@ import yaml
 from run_folders import assert_equal, final, metrics, timeless
 
 from rlhf_lit.algorithms import RewardModel
-from rlhf_lit.models.loading import Base, load_causal_lm, load_tokenizer
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lit.models.saving import save_hf
 
 FUNCTION = ["--judge=RewardFromFunction", "--judge.function=test_evaluate_command.letters"]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from rlhf_lit.__main__ import main
 from rlhf_lit.models.anatomy import unwrapped
-from rlhf_lit.models.loading import Base, load_causal_lm, load_scorer
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_causal_lm, load_scorer
 from rlhf_lit.runs import resolve_model
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from rlhf_lit.batches import Batch, Sequences
 from rlhf_lit.batches.micro_batches import Layout, cut_by_tokens
 from rlhf_lit.data.modules import SFTDataModule
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.rollout.engine import Sampling

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from rlhf_lit.models.loading import Base, load_scorer, load_tokenizer
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_scorer, load_tokenizer
 
 # Score heads of every kind: of a whole model, and of an adapter on 4-bit weights.
 KINDS = {"full": {}, "4-bit": {"lora": {"rank": 4}, "quantization": {"type": "nf4"}}}

@@ -114,7 +114,8 @@ def test_two_processes_make_the_steps_of_one(command, start, tmp_path):
 
 
 def weights_at_start() -> dict[str, torch.Tensor]:
-    from rlhf_lit.models.loading import Base, load_causal_lm
+    from rlhf_lit.models.base import Base
+    from rlhf_lit.models.loading import load_causal_lm
 
     model = load_causal_lm(Base(name="playground", fresh=True))
     return {f"roles.models.policy.{key}": value.detach() for key, value in model.named_parameters()}

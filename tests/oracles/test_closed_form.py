@@ -36,8 +36,8 @@ from rlhf_lit.losses.advantages import GAE, generalised_advantages
 from rlhf_lit.losses.kl import Estimator, FixedKL, KLController, estimate_kl
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss, RobustDPOLoss
 from rlhf_lit.losses.reductions import row_sums
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.heads import token_values
-from rlhf_lit.models.loading import Base
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout import collect as collect_file

@@ -22,7 +22,8 @@ from rlhf_lit.losses.preference import (
     RobustDPOLoss,
     SimPOLoss,
 )
-from rlhf_lit.models.loading import Base, LoRA, load_tokenizer
+from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.loading import load_tokenizer
 
 trl = pytest.importorskip("trl", reason="TRL is a test extra")
 pytestmark = pytest.mark.filterwarnings("ignore")

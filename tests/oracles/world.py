@@ -26,7 +26,7 @@ from rlhf_lit.data.records import Source
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.policy_gradient import ClippedValueLoss
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Critic, Role
 from rlhf_lit.rollout.engine import Samples, Sampling

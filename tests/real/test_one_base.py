@@ -63,7 +63,9 @@ def test_all_stages_stand_on_one_base_in_4_bits(stages: dict[str, Path], real_da
     from bitsandbytes.nn import Linear4bit
     from peft import get_peft_model_state_dict
 
-    from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
+    from rlhf_lit.models.base import Base, LoRA
+    from rlhf_lit.models.loading import load_causal_lm
+    from rlhf_lit.models.quantization import Quantization
 
     bases = [json.loads((folder / "hf" / "base.json").read_text()) for folder in stages.values()]
     assert all(base == bases[0] for base in bases)

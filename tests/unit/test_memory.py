@@ -26,7 +26,7 @@ from rlhf_lit.memory.gauges import LiveBytes
 from rlhf_lit.memory.measurement import Held, Measurement
 from rlhf_lit.memory.worst_case import Shape, WorstCase, worst_shapes
 from rlhf_lit.models import logprobs
-from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.packing import without_sharing
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.loop import RolloutLoader

@@ -26,7 +26,8 @@ from rlhf_lit.data.store import JoinedRows
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss
-from rlhf_lit.models.loading import PLAYGROUND, Base, LoRA, load_tokenizer
+from rlhf_lit.models.base import PLAYGROUND, Base, LoRA
+from rlhf_lit.models.loading import load_tokenizer
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.playground import World
 from rlhf_lit.preflight.callback import Preflight, merged

@@ -15,7 +15,8 @@ from lightning.pytorch import Callback
 from rlhf_lit.algorithms import SFT
 from rlhf_lit.data.modules import SFTDataModule
 from rlhf_lit.data.records import Source
-from rlhf_lit.models.loading import PLAYGROUND, Base, load_causal_lm
+from rlhf_lit.models.base import PLAYGROUND, Base
+from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.trainer.callbacks import Checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"

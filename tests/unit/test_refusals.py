@@ -12,7 +12,7 @@ import torch
 from rlhf_lit.algorithms import SFT, RewardModel
 from rlhf_lit.batches import PreferenceBatch, PromptBatch, Sequences
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.rewards import RewardFromFunction
 
 

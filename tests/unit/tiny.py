@@ -23,7 +23,7 @@ from rlhf_lit.batches import (
     UnpairedBatch,
 )
 from rlhf_lit.losses.kl import FixedKL
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.packing import layout_of
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction

@@ -21,7 +21,8 @@ from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.memory.bench import Bench, Machine
 from rlhf_lit.memory.measurement import Measurement
-from rlhf_lit.models.loading import PLAYGROUND, Base, LoRA, Quantization
+from rlhf_lit.models.base import PLAYGROUND, Base, LoRA
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.engine import Sampling

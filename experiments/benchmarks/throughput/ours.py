@@ -42,8 +42,10 @@ from rlhf_lit.data.records import Source
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss
-from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
+from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.models.packing import without_sharing
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.randomness import row_keys
 from rlhf_lit.rollout.engine import Sampling, sample

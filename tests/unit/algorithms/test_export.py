@@ -17,7 +17,9 @@ from rlhf_lit.commands.export import export
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.models.anatomy import unwrapped
-from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm, load_scorer, load_tokenizer
+from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.loading import load_causal_lm, load_scorer, load_tokenizer
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import score_sequences
 

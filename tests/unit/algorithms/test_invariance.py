@@ -21,7 +21,7 @@ from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, KTOLoss, ORPOLoss
-from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.packing import layout_of, without_sharing
 
 TOLERANCE = 1e-9

@@ -17,7 +17,7 @@ from rlhf_lit.batches import ExperienceBatch
 from rlhf_lit.losses.advantages import GAE
 from rlhf_lit.losses.kl import AdaptiveKL, Estimator, FixedKL, Placement
 from rlhf_lit.models import logprobs as logprobs_module
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 
 COMBINATIONS = list(product(get_args(Estimator), get_args(Placement)))
 

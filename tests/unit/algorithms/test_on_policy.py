@@ -17,8 +17,8 @@ from rlhf_lit.losses.advantages import GAE, GroupRelative, LeaveOneOut
 from rlhf_lit.losses.kl import AdaptiveKL, FixedKL, KLController
 from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.heads import token_values
-from rlhf_lit.models.loading import Base, LoRA
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import MissingEOS, RewardFromFunction, RewardSource

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rlhf_lit.algorithms import SFT
 from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.engine import Sampling
 
 

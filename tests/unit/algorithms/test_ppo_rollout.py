@@ -11,7 +11,7 @@ from rlhf_lit.algorithms import PPO
 from rlhf_lit.losses.advantages import GAE
 from rlhf_lit.losses.kl import AdaptiveKL
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.rollout.rewards import MissingEOS
 from rlhf_lit.rollout.shaping import Shaping

@@ -23,7 +23,7 @@ from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import DPOLoss, IPOLoss, KTOLoss, ORPOLoss, PreferenceLoss, SimPOLoss
 from rlhf_lit.losses.reductions import row_sums
-from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.reference_cache.store import ReferenceCache

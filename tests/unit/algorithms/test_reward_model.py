@@ -17,8 +17,9 @@ from rlhf_lit.batches import PreferenceBatch, RankedBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.export.trained import Trained
 from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.heads import sequence_scores
-from rlhf_lit.models.loading import Base, LoRA, load_scorer
+from rlhf_lit.models.loading import load_scorer
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import score_sequences

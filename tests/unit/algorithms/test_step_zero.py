@@ -18,7 +18,7 @@ from rlhf_lit.losses.preference import (
     PreferenceLoss,
     RobustDPOLoss,
 )
-from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.logprobs import token_logprobs
 
 LORAS = [None, LoRA(rank=4)]

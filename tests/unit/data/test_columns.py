@@ -27,7 +27,7 @@ from rlhf_lit.data.records import (
 )
 from rlhf_lit.data.rows import Unreadable
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import PLAYGROUND
+from rlhf_lit.models.base import PLAYGROUND
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 

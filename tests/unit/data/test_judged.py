@@ -17,7 +17,7 @@ from rlhf_lit.data.modules import PreferenceDataModule, UnpairedDataModule
 from rlhf_lit.data.records import Message, Source, judged, preferences, read_rows
 from rlhf_lit.data.store import ArrowRows, record_batch, schema_of
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import PLAYGROUND
+from rlhf_lit.models.base import PLAYGROUND
 
 REAL = Path(os.environ.get("RLHF_LIT_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 GOOD = {"prompt": "1+1?", "completion": "2", "label": True}

@@ -18,7 +18,7 @@ from rlhf_lit.batches import PreferenceBatch, SupervisedBatch
 from rlhf_lit.data.modules import PreferenceDataModule, RolloutDataModule, SFTDataModule, TextDataModule
 from rlhf_lit.data.records import Source
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import PLAYGROUND
+from rlhf_lit.models.base import PLAYGROUND
 from rlhf_lit.playground import World
 
 ROWS = [{"prompt": f"what is {i} plus {i}?", "completion": f"it is {2 * i}."} for i in range(20)]

@@ -18,7 +18,7 @@ from rlhf_lit.data.modules import RankingDataModule
 from rlhf_lit.data.records import Ranking, Source, demonstrations, preferences, rankings, read_rows
 from rlhf_lit.data.truncation import truncate_group
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import PLAYGROUND
+from rlhf_lit.models.base import PLAYGROUND
 from rlhf_lit.playground import World, gold_reward, preference_pairs, prompts, ranked_lists
 
 TREE = {

@@ -12,7 +12,7 @@ from lightning import Trainer
 
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.evaluation import WinRate
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.rewards import RewardFromFunction
 
 

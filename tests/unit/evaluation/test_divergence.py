@@ -10,7 +10,8 @@ import torch
 
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.evaluation.divergence import kl_per_response
-from rlhf_lit.models.loading import Base, load_causal_lm
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.rollout.engine import Sampling
 
 

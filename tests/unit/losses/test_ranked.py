@@ -10,7 +10,7 @@ from rlhf_lit.algorithms import RewardModel
 from rlhf_lit.batches import PreferenceBatch, RankedBatch, Sequences
 from rlhf_lit.batches.micro_batches import cut_groups
 from rlhf_lit.losses.bradley_terry import BradleyTerryLoss
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 
 PREFERENCES = tiny.preferences()
 

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from rlhf_lit.algorithms import SFT
-from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.base import Base, LoRA
 
 
 @pytest.fixture(autouse=True)

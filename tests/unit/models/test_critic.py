@@ -11,8 +11,9 @@ from rlhf_lit.algorithms import RewardModel
 from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.heads import sequence_scores, token_values
-from rlhf_lit.models.loading import Base, Dtype, LoRA, Quantization
+from rlhf_lit.models.quantization import Dtype, Quantization
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import RewardFromModel
 

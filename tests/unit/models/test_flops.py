@@ -20,10 +20,11 @@ from rlhf_lit.algorithms.ppo import Critic
 from rlhf_lit.batches import ExperienceBatch, PreferenceBatch, RankedBatch, Sequences, SupervisedBatch, UnpairedBatch
 from rlhf_lit.losses.kl import FixedKL
 from rlhf_lit.losses.preference import DPOLoss, KTOLoss
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.flops import FlopCount, count_flops, uncounted
-from rlhf_lit.models.loading import Base, LoRA, Quantization
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.packing import sequence_states, without_sharing
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.training.utilisation import log_rate
 from tests.unit.tiny import EVERYTHING, Step, build, make_on_policy, make_ppo, save_model, sequences
 

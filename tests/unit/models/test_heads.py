@@ -6,8 +6,9 @@ import torch
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.base import Base
 from rlhf_lit.models.heads import apply_head, scalar_head, sequence_scores, token_values
-from rlhf_lit.models.loading import Base, load_scorer
+from rlhf_lit.models.loading import load_scorer
 from rlhf_lit.models.packing import hidden_states
 from rlhf_lit.rollout.rewards import score_sequences
 

@@ -10,7 +10,8 @@ import torch
 from rlhf_lit.algorithms import SFT, RewardModel
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import unwrapped
-from rlhf_lit.models.loading import Base, LoRA, load_causal_lm, load_scorer
+from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.loading import load_causal_lm, load_scorer
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import RewardFromModel
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rlhf_lit.errors import UserError
 from rlhf_lit.models import logprobs as room
-from rlhf_lit.models.loading import Base, load_causal_lm
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.models.logprobs import token_logprobs
 
 

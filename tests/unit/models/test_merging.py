@@ -14,8 +14,10 @@ from torch import Tensor
 
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import unwrapped
-from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
+from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.models.merging import merged_weights
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.models.roles import Roles
 
 EXPERTS: dict[str, Any] = {**tiny.SIZES["qwen2"], "num_experts_per_tok": 2}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import unwrapped
-from rlhf_lit.models.loading import Base, LoRA, load_causal_lm, load_scorer
+from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.loading import load_causal_lm, load_scorer
 from rlhf_lit.models.packing import Segments, attention, hidden_states, layout_of, sequence_states, without_sharing
 
 

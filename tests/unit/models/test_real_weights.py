@@ -10,7 +10,8 @@ import torch
 from rlhf_lit.algorithms import DPO
 from rlhf_lit.batches import PreferenceBatch, PromptBatch, Sequences
 from rlhf_lit.losses.preference import DPOLoss
-from rlhf_lit.models.loading import Base, load_causal_lm, load_tokenizer
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.rollout.engine import Sampling, sample
 

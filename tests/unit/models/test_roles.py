@@ -11,9 +11,11 @@ from rlhf_lit.algorithms import DPO, SFT, RewardModel
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import DPOLoss
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.heads import token_values
-from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
+from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.models.roles import Role, Roles
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import RewardFromModel

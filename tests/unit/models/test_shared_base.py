@@ -12,8 +12,10 @@ from torch import Tensor
 
 from rlhf_lit.algorithms import PPO, SFT, RewardModel
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm, load_scorer
+from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.loading import load_causal_lm, load_scorer
 from rlhf_lit.models.logprobs import token_logprobs
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout.rewards import RewardFromModel, RewardSource, RewardSum, score_sequences
 

@@ -17,8 +17,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rlhf_lit.algorithms import SFT
 from rlhf_lit.batches import SupervisedBatch
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.flops import count_body, count_flops, count_head
-from rlhf_lit.models.loading import Base, LoRA, Quantization
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.parallel.sharding import FSDP2, Unsharded, shard, sharding_of
 
 

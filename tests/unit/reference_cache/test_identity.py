@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from rlhf_lit.models.anatomy import unwrapped
-from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
+from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.loading import load_causal_lm
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.reference_cache import identity
 from rlhf_lit.reference_cache.identity import identify

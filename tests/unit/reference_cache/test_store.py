@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import Base, LoRA
+from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.reference_cache import catalogue, pending, segments, store

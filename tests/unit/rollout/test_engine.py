@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.models.loading import Base, load_causal_lm
+from rlhf_lit.models.base import Base
+from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.randomness import row_keys
 from rlhf_lit.rollout import engine

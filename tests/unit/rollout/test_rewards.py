@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.loading import Base
+from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel, RewardSource, RewardSum
 
 SEQUENCES = tiny.sequences([(1, 1), (2, 2)])

@@ -27,9 +27,11 @@ from rlhf_lit.losses.policy_gradient import ClippedPolicyLoss
 from rlhf_lit.memory.measurement import Measurement
 from rlhf_lit.memory.phases import out_of_memory
 from rlhf_lit.memory.worst_case import prepare
-from rlhf_lit.models.loading import Base, LoRA, Quantization, load_causal_lm
+from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.merging import merged_weights
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.randomness import row_keys
 from rlhf_lit.rollout.engine import Samples, Sampling

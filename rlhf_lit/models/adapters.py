@@ -1,0 +1,80 @@
+"""Adapters: made anew, or loaded from a folder that another run or another tool left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from rlhf_lit.errors import UserError, first_line
+from rlhf_lit.models.base import Base, LoRA
+
+
+def adapter_config(base: Base) -> dict[str, Any] | None:
+    """The adapter configuration of a folder or hub repository that holds an adapter, else None."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    file = None if base.fresh else find_adapter_config_file(base.folder, revision=base.revision)
+    return cast("dict[str, Any]", json.loads(Path(file).read_text())) if file else None
+
+
+def holds_adapter(base: Base) -> bool:
+    """Whether a base names an adapter, and no whole model."""
+    return adapter_config(base) is not None
+
+
+def with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_folder: str, scorer: bool) -> Any:
+    """A model in peft's wrapper, with a new adapter or the one of a folder.
+
+    Args:
+        model: frozen.
+        base: whose ``lora`` a new adapter is made by.
+        adapter_folder: the folder of an adapter to go on with; None for a new one.
+        weights_folder: where the model's weights are, as the adapter is to name them.
+        scorer: the model is a sequence classifier, whose head trains too.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
+    from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    if adapter_folder:
+        config = PeftConfig.from_pretrained(adapter_folder)
+    else:
+        assert base.lora is not None
+        config = LoraConfig(
+            r=base.lora.rank,
+            lora_alpha=base.lora.alpha,
+            lora_dropout=base.lora.dropout,
+            target_modules=base.lora.targets,
+            use_dora=base.lora.dora,
+            use_rslora=base.lora.rslora,
+        )
+    config.inference_mode = False
+    config.task_type = "SEQ_CLS" if scorer else "CAUSAL_LM"
+    config.modules_to_save = ["score"] if scorer else None
+    config.base_model_name_or_path = weights_folder
+    try:
+        wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"base.lora: {first_line(error)}") from None
+    if adapter_folder:
+        loaded = load_peft_weights(adapter_folder, device="cpu")
+        has_head = any("score" in key for key in loaded)
+        if has_head and not scorer:
+            raise UserError(f"base.name: {adapter_folder!r} is a reward model's adapter, no language model's")
+        if scorer:
+            wrapped.get_base_model().new_head = not has_head
+        if scorer and not has_head:
+            # A language model's adapter has no head, but peft asks for one: the new one.
+            head = wrapped.get_base_model().score.original_module
+            loaded |= {f"base_model.model.score.{name}": weight for name, weight in head.state_dict().items()}
+        result = set_peft_model_state_dict(wrapped, loaded)
+        if result.unexpected_keys:
+            raise UserError(f"base.name: the adapter in {adapter_folder} does not fit its base {weights_folder}")
+    return wrapped
+
+
+def same_adapter(lora: LoRA, adapter: dict[str, Any]) -> bool:
+    """Whether settings describe an adapter that is there."""
+    return lora.rank == adapter["r"] and lora.alpha == adapter["lora_alpha"]

@@ -1,0 +1,90 @@
+"""What a user writes under ``base:``: which weights, in which width, with which adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.quantization import Dtype, Quantization
+from rlhf_lit.runs import resolve_model
+
+PLAYGROUND = Path(__file__).parent / "playground"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): only they train, the base is frozen.
+
+    Args:
+        rank: r, the rank of the update.
+        alpha: the update is scaled by alpha/r (rsLoRA: alpha/√r).
+        dropout: on the adapters' input. SFT and RewardModel only: the others run without dropout and refuse it.
+        targets: "all-linear" (every linear layer but the heads), or the names of the layers.
+        dora: weight-decomposed adapters (Liu et al. 2024, arXiv 2402.09353).
+        rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+    dora: bool = False
+    rslora: bool = False
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model an algorithm starts from.
+
+    Args:
+        name: a hub name, a folder, a run folder of an earlier stage (`runs/<name>` means its newest version), or
+            `playground` for the built-in world's small model.
+        tokenizer: where the tokenizer is, if not with the model.
+        dtype: of the base weights. Adapters and heads are float32.
+        attention: transformers' attention implementation; null lets transformers choose.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        compile: torch.compile the decoder layers of all models of the run, for training and scoring; sampling, whose
+            cache grows token by token, stays as it is. The first steps take some tens of seconds more.
+        lora: train low-rank adapters instead of all weights.
+        quantization: load the base weights in 4 bits (needs `lora`, or an adapter folder). Where `name` is an adapter
+            folder, null is what the adapter was trained on.
+        fresh: take only the configuration from `name` and start from random weights, drawn from the seed.
+        revision: a branch, tag or commit on the hub.
+        trust_remote_code: run model code that comes with the weights.
+    """
+
+    name: str
+    tokenizer: str | None = None
+    dtype: Dtype = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    lora: LoRA | None = None
+    quantization: Quantization | None = None
+    fresh: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fresh and (self.lora or self.quantization):
+            raise UserError("base.fresh: random weights cannot be frozen: leave out base.lora and base.quantization")
+        if self.name == "playground" and not self.fresh:
+            raise UserError("base.name: playground has no weights of its own: set base.fresh: true")
+
+    @property
+    def folder(self) -> str:
+        """Where the model really is: run folders resolved to their `hf/`, `playground` to the packaged folder."""
+        return str(PLAYGROUND) if self.name == "playground" else resolve_model(self.name)
+
+    @property
+    def address(self) -> str:
+        """The same, a folder by its absolute path: what a checkpoint remembers."""
+        return str(Path(self.folder).absolute()) if Path(self.folder).is_dir() else self.folder
+
+
+def require_no_dropout(base: Base, algorithm: str) -> None:
+    """Refuse LoRA dropout: PPO, DPO and KTO compare log-probs of the same tokens in different passes."""
+    if base.lora and base.lora.dropout:
+        raise UserError(f"base.lora.dropout: {algorithm} runs without dropout; set it to 0")
