@@ -21,6 +21,31 @@ def unwrapped(model: nn.Module) -> Any:
     return inner.get_base_model() if is_wrapped(model) else inner
 
 
+def body_of(inner: Any) -> Any:
+    """The body of a transformers model, without its head; a body's own is itself."""
+    from transformers import PreTrainedModel
+
+    if (body := getattr(inner, inner.base_model_prefix, None)) is not None:
+        return body
+    # Llama 4's prefix names no attribute of its text model.
+    return next((part for part in inner.children() if isinstance(part, PreTrainedModel)), inner)
+
+
+def states_width(model: nn.Module) -> int:
+    """The width of the hidden states that a language model's head is applied to: not always that between its layers
+    (OPT's ``word_embed_proj_dim``)."""
+    return int(unwrapped(model).get_output_embeddings().weight.shape[-1])
+
+
+def odd_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers that give something else than a product (Llama 4's router gives two tensors), which
+    adapters cannot stand on."""
+    own = nn.Linear.forward
+    layers = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
+    kinds = {name: type(part) for name, part in layers if type(part).__module__.startswith("transformers.")}
+    return [name for name, kind in kinds.items() if kind.forward is not own]
+
+
 def adapter_in_force(model: nn.Module) -> str | None:
     """The name of the adapter that a PEFT model applies as it stands; None if it applies none."""
     if not is_wrapped(model):

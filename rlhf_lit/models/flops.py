@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.models.anatomy import adapter_in_force, unwrapped
+from rlhf_lit.models.anatomy import adapter_in_force, body_of, unwrapped
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _weights(model: nn.Module, adapter: str | None) -> tuple[Weights, Weights, i
     if adapter not in known:
         inner = unwrapped(model)
         config = inner.config.get_text_config()
-        body = getattr(inner, inner.base_model_prefix)
+        body = body_of(inner)
         head = inner.get_output_embeddings()
         known[adapter] = (
             _matrices(body, adapter, config),

@@ -18,7 +18,8 @@ class Quantization:
     Args:
         type: the 4-bit data type, nf4 or fp4.
         double: quantise the quantisation constants too (0.37 bit per parameter less).
-        compute_dtype: what the weights are dequantised to for a matrix product.
+        compute_dtype: what the weights are dequantised to for a matrix product; float16 for models that do not learn
+            alone.
     """
 
     type: Literal["nf4", "fp4"] = "nf4"

@@ -21,7 +21,7 @@ from torch import nn
 
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.adapters import holds_adapter
-from rlhf_lit.models.anatomy import is_wrapped, unwrapped
+from rlhf_lit.models.anatomy import is_wrapped, states_width, unwrapped
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
@@ -140,7 +140,7 @@ class Roles(nn.Module):
                 weights and a new head.
             trunk: share the policy's hidden states, and with them its gradients.
         """
-        self.heads["value"] = scalar_head(unwrapped(self.policy).config.get_text_config().hidden_size)
+        self.heads["value"] = scalar_head(states_width(self.policy))
         if trunk:
             self._adapters["value"] = self._adapters["policy"]
             return

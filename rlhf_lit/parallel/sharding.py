@@ -25,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, re
 from torch.distributed.fsdp import OffloadPolicy as NoOffload
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlhf_lit.models.anatomy import decoder_layers, is_wrapped
+from rlhf_lit.models.anatomy import body_of, decoder_layers, is_wrapped
 
 Part = TypeVar("Part")
 
@@ -241,7 +241,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool = Tru
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else NoOffload()
     groups = _Groups(mesh, reshard_after_forward, offload)
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
-    bodies = [getattr(model, model.base_model_prefix, None) for model in models]
+    bodies = [body for model in models if (body := body_of(model)) is not model]
     for model in models:
         if getattr(model, "is_quantized", False):
             _as_plain_bytes(model, mesh)
@@ -274,7 +274,7 @@ def _shard_model(model: Any, groups: _Groups) -> None:
     if (score := getattr(model, "score", None)) is not None and any(True for _ in score.parameters()):
         groups.add(score, groups.reshard_after_forward)  # in float32, whatever the body is in
     groups.add(model, False)
-    body = getattr(model, model.base_model_prefix)
+    body = body_of(model)
     if body is model:
         return
     # The body is called without its head: its forward has to gather the weights that both have in common.
