@@ -153,9 +153,10 @@ def _multiplied(module: nn.Module, adapter: str | None) -> Iterator[tuple[torch.
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding) or (".lora_" in name and name.split(".")[-1] != adapter):
             continue
-        packed = getattr(part, "quant_state", None)  # 4-bit weights are stored as bytes
+        # 4-bit weights are stored as bytes; what they stand for their module knows: a linear layer, or stacked experts.
+        packed = getattr(part, "quant_states", {"weight": getattr(part, "quant_state", None)})
         for kind, weight in part.named_parameters(recurse=False):
-            shape = torch.Size(packed.shape) if packed is not None and kind == "weight" else weight.shape
+            shape = torch.Size(packed[kind].shape) if packed.get(kind) is not None else weight.shape
             if len(shape) > 1:
                 yield shape, weight.requires_grad
 

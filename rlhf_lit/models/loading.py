@@ -17,9 +17,10 @@ from rlhf_lit.errors import UserError, first_line
 from rlhf_lit.models.adapters import adapter_config, same_adapter, with_adapter
 from rlhf_lit.models.anatomy import body_of, unwrapped
 from rlhf_lit.models.base import Base
+from rlhf_lit.models.experts import quantizing_experts
 from rlhf_lit.models.foundation import Foundation, fingerprint
 from rlhf_lit.models.guards import check_language_model, check_scorer
-from rlhf_lit.models.quantization import Quantization, keep_4bit_layout, quantization_config
+from rlhf_lit.models.quantization import Quantization, keep_4bit_layout, note_what_stays_wide, quantization_config
 from rlhf_lit.models.scorers import know_score_class, prepare_score_head, stored_bias
 from rlhf_lit.models.weights import whole_model
 from rlhf_lit.runs import resolve_model
@@ -98,6 +99,7 @@ def _load(base: Base, scorer: bool, frozen: bool = False) -> nn.Module:
     model, new_head = _plain_model(weights, scorer)
     if weights.quantization:
         keep_4bit_layout(model)
+        note_what_stays_wide(model)
     if scorer:
         prepare_score_head(model.eval(), new=new_head)
         check_scorer(model)
@@ -149,6 +151,10 @@ def _plain_model(base: Base, scorer: bool) -> tuple[Any, bool]:
     dtype = getattr(torch, base.dtype)
     try:
         config = transformers.AutoConfig.from_pretrained(base.folder, **settings)
+        if getattr(config, "rescale_every", 0):
+            # RWKV would halve weights of later layers in place in eval mode, for float16's range: they would be saved
+            # so, and 4-bit ones cannot be.
+            settings["rescale_every"] = config.rescale_every = 0
         if scorer:
             know_score_class(config)
         if base.fresh:
@@ -157,9 +163,12 @@ def _plain_model(base: Base, scorer: bool) -> tuple[Any, bool]:
                 return auto.from_config(config, dtype=dtype), True
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.name: {base.folder!r} could not be loaded: {first_line(error)}") from None
-    if base.quantization:
-        settings["quantization_config"] = quantization_config(base.quantization)
-    return whole_model(auto, base.folder, {"dtype": dtype, **settings}, scorer)
+    settings["dtype"] = dtype
+    if not base.quantization:
+        return whole_model(auto, base.folder, settings, scorer)
+    settings["quantization_config"] = quantization_config(base.quantization)
+    with quantizing_experts():
+        return whole_model(auto, base.folder, settings, scorer)
 
 
 def _foundation(model: Any, base: Base) -> Foundation:

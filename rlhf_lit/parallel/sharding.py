@@ -258,14 +258,13 @@ def _as_plain_bytes(model: nn.Module, mesh: DeviceMesh) -> None:
     """4-bit weights as the bytes they are packed in, which can be cut in any place.
 
     A gathered weight is no ``Params4bit`` any more; bitsandbytes makes it one again, at each forward pass, with the
-    constants that its module keeps. Those stay whole on every rank.
+    constants that its module keeps (``models.experts`` likewise). Those stay whole on every rank.
     """
-    from bitsandbytes.nn import Linear4bit
-
     for layer in model.modules():
-        if isinstance(layer, Linear4bit) and not isinstance(layer.weight, DTensor):
-            layer.quant_state.to(mesh.device_type)
-            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            if (state := getattr(weight, "quant_state", None)) is not None:
+                state.to(mesh.device_type)
+                layer.register_parameter(name, nn.Parameter(weight.data, requires_grad=False))
 
 
 def _shard_model(model: Any, groups: _Groups) -> None:

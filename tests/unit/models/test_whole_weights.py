@@ -158,3 +158,14 @@ def test_small_gradients_are_lost_in_float16_and_kept_in_bfloat16(tmp_path: Path
     size = found["float32"].norm()
     assert float((found["bfloat16"] - found["float32"]).norm() / size) < 0.05
     assert float((found["float16"] - found["float32"]).norm() / size) > 0.1
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_scorer])
+def test_evaluating_changes_no_weight(load: Callable[[Base], torch.nn.Module], tmp_path: Path) -> None:
+    """RWKV's later layers would be halved in place by the first pass in eval mode, and saved so."""
+    folder = tiny.save_model(tmp_path, "rwkv", num_hidden_layers=4, rescale_every=2)
+    model = load(Base(folder))
+    weights, written = model.state_dict(), load_file(tmp_path / "model.safetensors")
+    shared = weights.keys() & written.keys()
+    assert len(shared) > 50
+    assert all(torch.equal(weights[name], written[name]) for name in shared)
