@@ -37,13 +37,11 @@ def states_width(model: nn.Module) -> int:
     return int(unwrapped(model).get_output_embeddings().weight.shape[-1])
 
 
-def odd_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers that give something else than a product (Llama 4's router gives two tensors), which
-    adapters cannot stand on."""
-    own = nn.Linear.forward
+def routers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that are a mixture's routers and give more than a product (Llama 4's, Phi MoE's):
+    adapters cannot stand on them."""
     layers = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
-    kinds = {name: type(part) for name, part in layers if type(part).__module__.startswith("transformers.")}
-    return [name for name, kind in kinds.items() if kind.forward is not own]
+    return [name for name, part in layers if "Router" in type(part).__name__]
 
 
 def adapter_in_force(model: nn.Module) -> str | None:

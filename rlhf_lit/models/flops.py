@@ -130,7 +130,7 @@ def _weights(model: nn.Module, adapter: str | None) -> tuple[Weights, Weights, i
         known[adapter] = (
             _matrices(body, adapter, config),
             Weights(0, 0) if head is None else _matrices(head, adapter, config),
-            config.num_hidden_layers * _attention_width(config),
+            sum(_attention_width(layer) for layer in config.per_layer_config),  # Gemma 4's layers differ
         )
     return known[adapter]
 

@@ -65,7 +65,8 @@ def check_scorer(model: Any) -> None:
     name, device = type(model).__name__, next(model.parameters()).device
     states = hidden_states(model, torch.tensor(TOKENS, device=device))
     _require_causal(name, states)
-    row = next(i for i, tokens in enumerate(TOKENS) if tokens[-1] != model.config.get_text_config().pad_token_id)
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    row = next(i for i, tokens in enumerate(TOKENS) if tokens[-1] != pad)
     own = model(input_ids=torch.tensor(TOKENS[row : row + 1], device=device), use_cache=False).logits
     last = states[row, -1:]
     size = (last.abs().float() @ model.score.weight.abs().float().T).max()  # of the products, which may cancel

@@ -38,8 +38,9 @@ def quantization_config(quantization: Quantization) -> Any:
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double,
         bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
-        # Heads stay in full precision; `score` is not among those transformers leaves out by itself.
-        llm_int8_skip_modules=["lm_head", "score"],
+        # Heads stay in full precision; `score` is not among those transformers leaves out by itself. Gemma 3n clamps
+        # its layers' coefficients in place while it trains, which 4-bit weights cannot be.
+        llm_int8_skip_modules=["lm_head", "score", "prediction_coefs", "correction_coefs"],
     )
 
 

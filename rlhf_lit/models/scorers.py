@@ -83,7 +83,8 @@ def _score_of_last_token(
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     states = body_of(self)(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
-    rows, pad = torch.arange(len(input_ids), device=states.device), self.config.get_text_config().pad_token_id
+    rows = torch.arange(len(input_ids), device=states.device)
+    pad = getattr(self.config.get_text_config(), "pad_token_id", None)
     if pad is None and len(input_ids) > 1:
         raise ValueError("Several rows need a padding token: set config.pad_token_id")
     places = torch.arange(input_ids.shape[1], device=states.device)

@@ -80,12 +80,15 @@ def _names(keys: Iterable[str]) -> str:
 
 
 def _language_model_heads(scorer: Any) -> set[str]:
-    """The keys that the language model of a classifier's family has beside its body."""
+    """The keys that the files of a classifier's family's language models have beside its body's."""
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(scorer.config)
         except ValueError:  # an encoder: it has none
             return set()
-    return {key for key in model.state_dict() if not key.startswith(f"{scorer.base_model_prefix}.")}
+    weights = model.state_dict().items()
+    beside = {key: weight for key, weight in weights if not key.startswith(f"{scorer.base_model_prefix}.")}
+    return {*beside, *revert_weight_conversion(model, beside)}  # GPT-NeoX's is `embed_out` in files
