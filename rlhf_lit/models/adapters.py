@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlhf_lit.errors import UserError, first_line
-from rlhf_lit.models.anatomy import routers
+from rlhf_lit.models.anatomy import without_adapters
 from rlhf_lit.models.base import Base, LoRA
 
 
@@ -48,7 +48,7 @@ def with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_fol
             lora_alpha=base.lora.alpha,
             lora_dropout=base.lora.dropout,
             target_modules=base.lora.targets,
-            exclude_modules=routers(model) or None,
+            exclude_modules=without_adapters(model) if base.lora.targets == "all-linear" else None,
             use_dora=base.lora.dora,
             use_rslora=base.lora.rslora,
         )

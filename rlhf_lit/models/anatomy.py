@@ -37,11 +37,20 @@ def states_width(model: nn.Module) -> int:
     return int(unwrapped(model).get_output_embeddings().weight.shape[-1])
 
 
-def routers(model: nn.Module) -> list[str]:
-    """Names of the linear layers that are a mixture's routers and give more than a product (Llama 4's, Phi MoE's):
-    adapters cannot stand on them."""
+def read_directly(model: nn.Module) -> list[str]:
+    """Names of the linear layers of Mamba's mixers whose weights are multiplied without calling them, always or by the
+    kernels of GPUs: an adapter on one would not be seen, and 4 bits be taken for the weight."""
+    mixers = [(path, part) for path, part in model.named_modules() if hasattr(part, "ssm_state_size")]
+    return [
+        f"{path}.{name}" for path, part in mixers for name in ("x_proj", "dt_proj", "out_proj") if hasattr(part, name)
+    ]
+
+
+def without_adapters(model: nn.Module) -> list[str]:
+    """Names of the linear layers that "all-linear" leaves out: those that are ``read_directly``, and routers of
+    mixtures that give more than a product (Llama 4's, Phi MoE's)."""
     layers = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
-    return [name for name, part in layers if "Router" in type(part).__name__]
+    return [*read_directly(model), *(name for name, part in layers if "Router" in type(part).__name__)]
 
 
 def adapter_in_force(model: nn.Module) -> str | None:

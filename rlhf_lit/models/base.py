@@ -21,7 +21,8 @@ class LoRA:
         rank: r, the rank of the update.
         alpha: the update is scaled by alpha/r (rsLoRA: alpha/√r).
         dropout: on the adapters' input. SFT and RewardModel only: the others run without dropout and refuse it.
-        targets: "all-linear" (every linear layer but the heads), or the names of the layers.
+        targets: "all-linear" (every linear layer but the heads, and but what no adapter is seen on: Mamba's projections
+            that its kernels multiply by themselves, and routers that give more than a product), or the names of layers.
         dora: weight-decomposed adapters (Liu et al. 2024, arXiv 2402.09353).
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
     """

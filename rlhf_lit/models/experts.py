@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
+from rlhf_lit.models.anatomy import read_directly
 from rlhf_lit.models.quantization import dequantized
 
 
@@ -79,10 +80,17 @@ def _quantizer() -> type:
             return Quantize(self)
 
         def get_modules_to_not_convert(self, model: Any, *settings: Any, **options: Any) -> Any:
-            """With the LM head under the family's name for it: with names given, transformers leaves out no others."""
+            """With the LM head under the family's name for it: with names given, transformers leaves out no others. And
+            with the layers that a model multiplies by without calling them."""
             head = model.get_output_embeddings()
-            own = [name for name, module in model.named_modules() if module is head]
+            own = [*read_directly(model), *(name for name, module in model.named_modules() if module is head)]
             return [*Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *settings, **options), *own]
+
+        def _process_model_before_weight_loading(self, model: Any, *settings: Any, **options: Any) -> Any:
+            for module in model.modules():
+                if type(module).__name__ == "FalconLinear":  # a plain one in other words, which would be passed by
+                    module.__class__ = nn.Linear
+            return super()._process_model_before_weight_loading(model, *settings, **options)
 
         def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
             for module in model.modules():

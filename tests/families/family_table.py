@@ -227,7 +227,7 @@ def lora(trial: Trial) -> str:
 
 def four_bits(trial: Trial) -> str:
     """Adapters on a base in nf4; how much of the layers is held in 4 bits."""
-    module = tiny.build(SFT(Base(trial.folder, lora=LoRA(rank=2, targets=adaptable(trial)), quantization=NF4)))
+    module = tiny.build(SFT(Base(trial.folder, lora=LoRA(rank=2), quantization=NF4)))
     two_steps(module, tiny.supervised())
     inner = unwrapped(module.trained_model)
     apart = {id(inner.get_output_embeddings().weight)}
@@ -238,15 +238,6 @@ def four_bits(trial: Trial) -> str:
     packed = sum(w.quant_state.shape.numel() for w in kept.values() if hasattr(w, "quant_state"))
     wide = sum(w.numel() for w in kept.values() if not hasattr(w, "quant_state"))
     return YES if packed >= 9 * wide else f"{100 * packed / (packed + wide):.0f} % of the layers"
-
-
-def adaptable(trial: Trial) -> str | list[str]:
-    """The targets of adapters: all linear layers, or those that peft lets them stand on."""
-    try:
-        load_causal_lm(Base(trial.folder, lora=LoRA(rank=2)))
-    except UserError:
-        return ["in_proj"]
-    return "all-linear"
 
 
 COLUMNS: dict[str, Callable[[Trial], str]] = {

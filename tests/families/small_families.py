@@ -23,10 +23,18 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2, "n_shared_experts": 1,
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop"), 0.0),
     **dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop", "resid_dropout", "embed_dropout"), 0.0),
+    "residual_dropout": 0.0,
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
     **dict.fromkeys(("router_jitter_noise", "input_jitter_noise"), 0.0),
 }  # fmt: skip
-MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+MLA = {
+    "head_dim": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 GROUPS = {"n_group": 1, "topk_group": 1}
 MAMBA2 = {"mamba_chunk_size": 16, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -86,7 +94,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "zamba2": (
         "Zamba 2",
         {"layers_block_type": ["mamba", "hybrid"], "layer_types": ["mamba", "hybrid"], "head_dim": 16,
-         "mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4},
+         "mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "num_mem_blocks": 1,
+         "adapter_rank": 4},
     ),
     "nemotron_h": (
         "Nemotron-H",

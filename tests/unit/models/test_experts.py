@@ -68,8 +68,14 @@ def gradients(base: Base) -> tuple[Tensor, dict[str, Tensor]]:
     return values.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("targets", ["all-linear", ATTENTION])
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        pytest.param(kind, targets, marks=[pytest.mark.soak] * (kind not in quick))
+        for targets, quick in (("all-linear", ("mixtral",)), (ATTENTION, ("gpt_oss",)))
+        for kind in KINDS
+    ],
+)
 def test_it_is_the_model_of_the_dequantised_weights(kind: str, targets: Any, tmp_path: Path) -> None:
     """Values and gradients, with and without gradient checkpointing."""
     folder = saved(tmp_path / "base", kind)
@@ -166,6 +172,25 @@ def test_the_head_stays_whole_under_every_name(tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path, "rwkv")
     model = load_causal_lm(Base(folder, lora=LoRA(rank=2), quantization=NF4))
     assert unwrapped(model).head.weight.dtype == torch.float32
+
+
+def test_a_linear_layer_by_another_name_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Falcon's, which transformers passes by."""
+    tiny.SIZES.setdefault("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4})
+    folder = tiny.save_model(tmp_path, "falcon")
+    model = load_causal_lm(Base(folder, lora=LoRA(rank=2), quantization=NF4))
+    assert sum(hasattr(weight, "quant_state") for weight in model.parameters()) == 8
+    assert "note" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mamba2", pytest.param("falcon_h1", marks=pytest.mark.soak)])
+def test_what_kernels_read_themselves_has_neither_adapters_nor_4_bits(kind: str, tmp_path: Path) -> None:
+    model = load_causal_lm(Base(tiny.save_model(tmp_path, kind), lora=LoRA(rank=2), quantization=NF4))
+    layers = {name: part for name, part in model.named_modules() if name.endswith((".out_proj", ".in_proj"))}
+    assert {name.rpartition(".")[2] for name in layers} == {"out_proj", "in_proj"}
+    for name, part in layers.items():
+        assert hasattr(part, "lora_A") == name.endswith("in_proj")
+        assert any(hasattr(w, "quant_state") for w in part.parameters()) == name.endswith("in_proj")
 
 
 def test_what_stays_wide_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
