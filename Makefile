@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a hub by the tests or the quickstart.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: quickstart test soak check docs clean
+.PHONY: quickstart test soak check models docs clean
 
 quickstart: .venv/ready
 	$(OFFLINE) $(BIN)/python -m rlhf_lit quickstart
@@ -21,6 +21,10 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/models.md: every family tried on a small model, in ten minutes on one core.
+models: .venv/ready
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/families/family_table.py
 
 # The documents and the API reference as one site: site/index.html. A broken link is an error.
 docs: .venv/docs

@@ -23,10 +23,22 @@ def stored_bias(folder: str) -> float | None:
     return float(json.loads(file.read_text())["bias"]) if file.is_file() else None
 
 
+def require_score_head(model: Any) -> None:
+    """Refuse a classifier that has no linear layer `score`.
+
+    Raises:
+        UserError: names its class.
+    """
+    if not isinstance(getattr(model, "score", None), nn.Module):
+        raise UserError(
+            f"base.name: {type(model).__name__} has no linear `score` head: reward models and separate critics need "
+            "another family"
+        )
+
+
 def prepare_score_head(model: Any, new: bool) -> None:
     """The `score` head, drawn anew unless it came with the weights; ``model.new_head`` tells which."""
-    if not isinstance(getattr(model, "score", None), nn.Module):
-        raise UserError(f"base.name: {type(model).__name__} has no `score` head; a decoder-only model is needed")
+    require_score_head(model)
     head = model.score
     model.new_head = new
     if new:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rlhf_lit.errors import UserError, first_line
+from rlhf_lit.models.scorers import require_score_head
 
 # Keys that a message names; of a large model hundreds may be missing.
 NAMED = 3
@@ -44,8 +45,8 @@ def whole_model(auto: Any, folder: str, options: dict[str, Any], scorer: bool) -
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.name: {folder!r} could not be loaded: {first_line(error)}") from None
     name = type(model).__name__
-    if scorer and not hasattr(model, "score"):
-        raise UserError(f"base.name: {name} has no `score` head; a decoder-only model is needed")
+    if scorer:
+        require_score_head(model)
     if found["mismatched_keys"]:
         key, theirs, ours = min(found["mismatched_keys"])
         several = "; a score head with several labels is no reward model's" if scorer and key == "score.weight" else ""

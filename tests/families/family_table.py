@@ -300,7 +300,7 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join([*lines, "", "What a refusal says:", "", *said]) + "\n"
 
 
-HEAD, TAIL = "<!-- table: python tests/families/family_table.py -->\n", "<!-- end of the table -->\n"
+HEAD, TAIL = "<!-- table: make models -->\n", "<!-- end of the table -->\n"
 
 
 def page_with(table: str) -> str:

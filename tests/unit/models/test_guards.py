@@ -101,7 +101,7 @@ def test_a_model_that_sees_what_comes_is_refused(kind: str, sizes: dict[str, Any
     folder = tiny.save_model(tmp_path, kind)
     with pytest.raises(UserError, match="lets a token see those after it; a decoder-only model is needed"):
         load_causal_lm(Base(folder))
-    with pytest.raises(UserError, match="has no `score` head; a decoder-only model is needed"):
+    with pytest.raises(UserError, match="has no linear `score` head: reward models and"):
         load_scorer(Base(folder))
 
 
