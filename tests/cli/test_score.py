@@ -189,7 +189,7 @@ def test_what_cannot_be_scored_ends_in_one_line(trained: Callable, run: Callable
     two = LlamaForSequenceClassification.from_pretrained("tiny", num_labels=2)
     two.save_pretrained("two")
     load_tokenizer(Base(name="tiny")).save_pretrained("two")
-    assert "'two' holds weights of other shapes, such as a score head with several" in complaint(
+    assert "'two' holds weights of other shapes than LlamaForSequenceClassification: score.weight of [2, 16]" in complaint(
         run("score", "two", "p.jsonl")
     )
     assert "no known shape with answers" in complaint(run("score", folder, "prompts.jsonl"))
