@@ -230,7 +230,7 @@ def test_without_a_validation_the_card_shows_the_last_step(here: Path, tmp_path:
         (["runs/sft", "--merge", "--dequantize"], "error: --dequantize: runs/sft was not trained on a 4-bit base"),
         (["runs/sft", "--to=model"], "error: --to model: is there already"),
         (["runs/sft", "--merge", "--dtype=int8"], "dtype: expected"),
-        (["runs/sft", "--push-to-hub=me/mine"], "error: --push-to-hub me/mine: offline (HF_HUB_OFFLINE is set)"),
+        (["runs/sft", "--push-to-hub=me/mine"], "error: --push_to_hub me/mine: offline (HF_HUB_OFFLINE is set)"),
         ([], "run"),
         (["runs/sft", "--merg"], "merg"),
     ],
@@ -249,5 +249,5 @@ def test_bad_input_ends_in_one_line(here: Path, argv: list[str], words: str) -> 
 def test_help_names_every_option(here: Path) -> None:
     status, out, _ = call("export", "--help")
     assert status == 0
-    for option in ("--merge", "--dequantize", "--dtype", "--to", "--push-to-hub"):
+    for option in ("--merge", "--dequantize", "--dtype", "--base", "--to", "--push_to_hub", "--push-to-hub"):
         assert option in out

@@ -399,12 +399,12 @@ REFUSED = {
     "dequantize without 4 bits": ({"run": "lora", "merge": True, "dequantize": True}, "was not trained on a 4-bit"),
     "dequantize of a full model": ({"run": "full", "dequantize": True}, "was not trained on a 4-bit base"),
     "dequantize without merge": ({"run": "qlora", "dequantize": True}, "give --merge too"),
-    "dtype without merge": ({"run": "lora", "dtype": "float32"}, "--dtype is of merged weights"),
+    "dtype without merge": ({"run": "lora", "dtype": "float32"}, "--dtype is of whole weights"),
     "a folder with something in it": ({"run": "lora", "to": "base"}, "--to base: is there already"),
     "a file": ({"run": "lora", "to": "base/config.json"}, "is there already"),
     "below a file": ({"run": "lora", "to": "base/config.json/x"}, "cannot be written"),
-    "offline": ({"run": "lora", "push_to_hub": "me/mine"}, "--push-to-hub me/mine: offline (HF_HUB_OFFLINE is set)"),
-    "no repository's name": ({"run": "lora", "push_to_hub": "a b/c"}, "--push-to-hub a b/c: no name for a repository"),
+    "offline": ({"run": "lora", "push_to_hub": "me/mine"}, "--push_to_hub me/mine: offline (HF_HUB_OFFLINE is set)"),
+    "no repository's name": ({"run": "lora", "push_to_hub": "a b/c"}, "--push_to_hub a b/c: no name for a repository"),
 }
 
 
@@ -427,7 +427,9 @@ def test_a_base_that_is_gone_or_changed_is_refused(adapters: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"the weights of .* are not those that the adapter in .* was trained on"):
         export(str(tmp_path), merge=True)
     shutil.rmtree(base)
-    with pytest.raises(UserError, match="the base of its adapter is gone"):
+    with pytest.raises(
+        UserError, match=r"the base of the adapter is gone from where .*base\.json says it was .*--base"
+    ):
         export(str(tmp_path), merge=True)
     assert not (tmp_path / "hf" / "export").exists()
 
@@ -447,47 +449,3 @@ def test_a_failure_leaves_nothing_and_a_kill_nothing_under_the_name(
         export(str(adapters / "lora"), to=str(tmp_path / "out"))
     assert seen == [(True, False)]  # beside the folder, which is not there while it is written
     assert not list(tmp_path.iterdir())
-
-
-class Hub:
-    """Stands for the hub's client, and remembers what was asked of it."""
-
-    asked: list[tuple[Any, ...]]
-    broken = False
-
-    def whoami(self) -> None:
-        self.asked.append(("whoami",))
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
-        self.asked.append(("create", repo_id, private, exist_ok))
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        if self.broken:
-            raise ConnectionError("the line went dead")
-        self.asked.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
-
-
-def test_a_whole_folder_is_uploaded_to_a_private_repository(
-    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setattr(Hub, "asked", [], raising=False)
-    run = str(adapters / "lora")
-    with pytest.raises(UserError, match="no token"):
-        export(run, to=str(tmp_path / "out"), push_to_hub="me/mine")
-    assert not list(tmp_path.iterdir())
-    assert not Hub.asked
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
-    export(run, to=str(tmp_path / "out"), push_to_hub="me/mine")
-    assert Hub.asked[:2] == [("whoami",), ("create", "me/mine", True, True)]
-    names = Hub.asked[2][2]
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(names)
-    # A failed upload says where the folder is, which is whole.
-    monkeypatch.setattr(Hub, "broken", True)
-    with pytest.raises(UserError, match="the line went dead; the export is whole in"):
-        export(run, to=str(tmp_path / "again"), push_to_hub="me/mine")
-    assert (tmp_path / "again" / "README.md").is_file()
