@@ -46,7 +46,7 @@ def base_of_adapter(base: Base, adapter: dict[str, Any]) -> str:
             raise UserError(f"base.adapter_base: {error}") from None
         raise UserError(
             f"base.name: the base of the adapter is gone from where {file} says it was ({error}); say where it is now "
-            "in base.adapter_base (export, chat and score: --base)"
+            "in base.adapter_base (export, chat and score: --base); what export writes names the new place"
         ) from None
     return str(name)
 
