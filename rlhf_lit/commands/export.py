@@ -13,6 +13,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.export.card import model_card
 from rlhf_lit.export.comparison import COMPARED_TOKENS, Difference, compared_on, largest, plain_outputs, trained_outputs
 from rlhf_lit.export.hub import check_hub, upload
+from rlhf_lit.export.ollama import write_modelfile
 from rlhf_lit.export.trained import Trained
 from rlhf_lit.export.widths import Width, in_width
 from rlhf_lit.files import atomic, short_path
@@ -63,7 +64,9 @@ def export(
         with atomic(target, shared=True) as partial:
             partial.mkdir()
             difference = _write_and_compare(found, partial, merge, dequantize, chosen)
-            card = model_card(found, holds, partial, push_to_hub, difference)
+            whole_policy = not found.scorer and (merge or not found.adapter)
+            ollama = write_modelfile(partial, found.trust_remote_code) if whole_policy else None
+            card = model_card(found, holds, partial, push_to_hub, difference, ollama)
             (partial / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--to {target}: cannot be written: {error.strerror or error}") from error

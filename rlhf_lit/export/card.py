@@ -15,7 +15,9 @@ from rlhf_lit.models.loading import load_tokenizer
 from rlhf_lit.trainer.callbacks import environment
 
 
-def model_card(found: Trained, holds: str, folder: Path, repository: str | None, difference: Difference) -> str:
+def model_card(
+    found: Trained, holds: str, folder: Path, repository: str | None, difference: Difference, ollama: str | None = None
+) -> str:
     """The text of ``README.md``; says what the run's files say, and leaves out what they do not.
 
     Args:
@@ -24,6 +26,7 @@ def model_card(found: Trained, holds: str, folder: Path, repository: str | None,
         folder: the export, with its weights and its tokenizer.
         repository: its name on the hub, if it goes there.
         difference: to the model as it was trained.
+        ollama: what the folder has for it, in words.
     """
     from huggingface_hub import ModelCardData
 
@@ -54,6 +57,8 @@ def model_card(found: Trained, holds: str, folder: Path, repository: str | None,
         facts.append("- a score is the one label's logit plus `bias` of `reward.json`; pad with its `pad_token_id`")
     else:
         facts.append(f"- {_stops(folder, found.trust_remote_code)}")
+    if ollama:
+        facts.append(f"- {ollama}")
     facts += [
         f"- {difference}",
         "- license: not stated here; that of the base and of the data holds",
