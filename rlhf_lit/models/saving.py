@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_lit.models.anatomy import is_wrapped, unwrapped
 from rlhf_lit.models.heads import reward_bias
+from rlhf_lit.models.older_readers import write_for_older_readers
 from rlhf_lit.models.saved_files import copy_vocabularies, forget_loading, open_to_readers
 from rlhf_lit.models.special_tokens import write_special_tokens
 
@@ -75,6 +76,7 @@ def write_model(
         _save(model, folder, "default", weights)
     tokenizer.save_pretrained(folder)
     write_special_tokens(model, tokenizer, folder)
+    write_for_older_readers(model, tokenizer, folder)
     copy_vocabularies(tokenizer, folder)
     forget_loading(folder)
     open_to_readers(folder)
