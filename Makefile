@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a hub by the tests or the quickstart.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: quickstart test soak check docs clean
+.PHONY: quickstart test soak readers check docs clean
 
 quickstart: .venv/ready
 	$(OFFLINE) $(BIN)/python -m rlhf_lit quickstart
@@ -14,7 +14,9 @@ quickstart: .venv/ready
 test: .venv/ready check
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not soak"
 
+# Tests whose environment could not be made are skipped, and say which.
 soak: .venv/ready
+	-$(MAKE) --keep-going readers
 	$(OFFLINE) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m soak
 
 check: .venv/ready
@@ -38,5 +40,20 @@ docs: .venv/docs
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
 	touch $@
 
+# Other readers of the models that are saved, each in an environment of its own.
+readers: .envs/transformers-4.57/ready .envs/smollm2/complete
+
+# On top of our packages: only what is pinned here differs.
+.envs/transformers-4.57/ready: .venv/ready
+	$(BIN)/python -m venv --clear $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
+	$(@D)/bin/pip install -q --no-deps transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
+	touch $@
+
+# A real instruction-tuned model, for them to read.
+.envs/smollm2/complete: .venv/ready
+	$(BIN)/python ../shared/real_model/build.py $(@D)
+
 clean:
-	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .envs runs site .pytest_cache .mypy_cache .ruff_cache *.egg-info

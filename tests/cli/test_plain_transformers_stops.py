@@ -1,4 +1,7 @@
-"""What ``fit`` and ``export`` leave stops in plain transformers where it stops here, in a process of its own."""
+"""What ``fit`` and ``export`` leave stops in plain transformers where it stops here, in a process of its own.
+
+In transformers 4.57 too, where ``make soak`` has made an environment for it.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,21 @@ ROOT = Path(__file__).parents[2]
 EOS, OTHER = 2, 5
 LONGEST = 40
 PROMPTS = ["reverse lion.", "what is 1 plus 2?", "owl backwards?", "capital of france?", "say lamp.", "add 3 and 4."]
+OLDER = ROOT / ".envs" / "transformers-4.57"
+READERS = [
+    pytest.param(sys.executable, "5.", id="transformers 5"),
+    pytest.param(
+        str(OLDER / "bin" / "python"),
+        "4.57.",
+        id="transformers 4.57",
+        marks=[
+            pytest.mark.soak,
+            pytest.mark.skipif(
+                not (OLDER / "ready").exists(), reason="no transformers 4.57: make .envs/transformers-4.57/ready"
+            ),
+        ],
+    ),
+]
 SETTINGS = {
     "model": {"init_args": {"base": {"name": "model", "fresh": False}, "learning_rate": 0.003}},
     "data": {"init_args": {"cache": None, "batch_size": 8}},
@@ -30,7 +48,8 @@ SETTINGS = {
 }
 PLAIN = """
 import json, sys
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, __version__
+print(__version__)
 folders, longest, prompts = json.loads(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 for folder, kind in folders.items():
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -65,9 +84,16 @@ def ours(folder: Path) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(sequences.tokens, sequences.mask, strict=True)]
 
 
+@pytest.mark.parametrize(("reader", "version"), READERS)
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_answers_end_where_ours_do(command: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+def test_answers_end_where_ours_do(
+    command: Callable[..., Any], tmp_path: Path, kind: str, reader: str, version: str
+) -> None:
     save_small_model(tmp_path / "model")
+    if kind == "full":  # a rotary embedding that is not the one taken by default; an adapter's base is as it came
+        file = tmp_path / "model" / "config.json"
+        rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": rope}))
     for name in ("config.json", "generation_config.json"):  # a base whose files stop at another token
         file = tmp_path / "model" / name
         file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": OTHER}))
@@ -86,6 +112,8 @@ def test_answers_end_where_ours_do(command: Callable[..., Any], tmp_path: Path, 
     assert len(ended) > 1
     assert ours(tmp_path / "out") == expected
     folders = {str(hf): "adapter" if kind == "lora" else "whole", str(tmp_path / "out"): "whole"}
-    argv = [sys.executable, "-c", PLAIN, json.dumps(folders), str(LONGEST), json.dumps(PROMPTS)]
+    argv = [reader, "-c", PLAIN, json.dumps(folders), str(LONGEST), json.dumps(PROMPTS)]
     answered = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert [json.loads(line) for line in answered.stdout.splitlines()] == [expected, expected]
+    found, *answers = answered.stdout.splitlines()
+    assert found.startswith(version)
+    assert [json.loads(line) for line in answers] == [expected, expected]
