@@ -252,3 +252,23 @@ def test_help_names_every_option(here: Path) -> None:
     assert status == 0
     for option in ("--merge", "--dequantize", "--dtype", "--base", "--to", "--push_to_hub", "--push-to-hub"):
         assert option in out
+
+
+def test_a_modelfile_beside_whole_policies(here: Path, tmp_path: Path) -> None:
+    """It speaks the run's own chat format; adapters and reward models have none."""
+    import transformers
+
+    for name, options in {"sft": (), "reward": ("--merge",)}.items():
+        exported(name, tmp_path / name, *options)
+        assert not (tmp_path / name / "Modelfile").exists()
+        assert "Ollama" not in (tmp_path / name / "README.md").read_text()
+    exported("sft", tmp_path / "merged", "--merge")
+    lines = (tmp_path / "merged" / "Modelfile").read_text().splitlines()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    answer = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    ).partition("Hi")[2]
+    assert lines[1] == "FROM ./model.gguf"
+    assert f'{{{{- if ne $before "assistant" }}}}{{{{ {json.dumps(answer)} }}}}{{{{- end }}}}"""' in lines
+    assert f'PARAMETER stop "{tokenizer.eos_token}"' in lines
+    assert "- `Modelfile` is Ollama's" in (tmp_path / "merged" / "README.md").read_text()
