@@ -9,14 +9,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from llama_cpp import Llama
+from llama_cpp import GGML_TYPE_F32, Llama
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 
 def main() -> None:
     file, answers = sys.argv[1], Path(sys.argv[2])
     request = json.load(sys.stdin)
-    model = Llama(file, n_ctx=256, n_threads=2, logits_all=True, verbose=False)
+    # Keys and values in float32, as ours are; llama.cpp's own choice is float16. Its threads spin while they wait for
+    # one another, which takes minutes on a busy machine: one.
+    settings = {
+        "n_ctx": 256,
+        "n_threads": 1,
+        "n_threads_batch": 1,
+        "type_k": GGML_TYPE_F32,
+        "type_v": GGML_TYPE_F32,
+        "verbose": False,
+    }
+    model = Llama(file, **settings)
     rows = []
     for turns in request["conversations"]:
         found = model.create_chat_completion(turns, temperature=0, max_tokens=request["tokens"])
@@ -29,7 +39,7 @@ def main() -> None:
                 "ended": choice["finish_reason"] == "stop",
             }
         )
-    model.reset()
+    model = Llama(file, logits_all=True, **settings)
     model.eval(request["row"])
     logits = np.array(model.scores[: len(request["row"])], dtype=np.float64)
     logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
