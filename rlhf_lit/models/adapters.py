@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from rlhf_lit.errors import UserError, first_line
 from rlhf_lit.models.base import Base, LoRA
+from rlhf_lit.models.foundation import Foundation
+from rlhf_lit.runs import resolve_model
 
 
 def adapter_config(base: Base) -> dict[str, Any] | None:
@@ -21,6 +23,32 @@ def adapter_config(base: Base) -> dict[str, Any] | None:
 def holds_adapter(base: Base) -> bool:
     """Whether a base names an adapter, and no whole model."""
     return adapter_config(base) is not None
+
+
+def base_of_adapter(base: Base, adapter: dict[str, Any]) -> str:
+    """Where the base of an adapter is: ``base.adapter_base``, or what the adapter says.
+
+    Args:
+        base: the adapter's folder or hub name.
+        adapter: its configuration.
+
+    Raises:
+        UserError: it is not there any more, or the adapter names none. Names the file that does.
+    """
+    file = f"{base.folder}/{'base.json' if Foundation.load(base.folder) else 'adapter_config.json'}"
+    name = base.adapter_base or adapter.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"base.name: {file} names no base for its adapter; say where it is in base.adapter_base")
+    try:
+        resolve_model(name)
+    except UserError as error:
+        if base.adapter_base:
+            raise UserError(f"base.adapter_base: {error}") from None
+        raise UserError(
+            f"base.name: the base of the adapter is gone from where {file} says it was ({error}); say where it is now "
+            "in base.adapter_base"
+        ) from None
+    return str(name)
 
 
 def with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_folder: str, scorer: bool) -> Any:

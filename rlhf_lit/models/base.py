@@ -51,6 +51,8 @@ class Base:
         quantization: load the base weights in 4 bits (needs `lora`, or an adapter folder). Where `name` is an adapter
             folder, null is what the adapter was trained on.
         fresh: take only the configuration from `name` and start from random weights, drawn from the seed.
+        adapter_base: where the base of the adapter in `name` is now; null is where the adapter says that it was. Its
+            weights must be those that the adapter was trained on.
         revision: a branch, tag or commit on the hub.
         trust_remote_code: run model code that comes with the weights.
     """
@@ -64,6 +66,7 @@ class Base:
     lora: LoRA | None = None
     quantization: Quantization | None = None
     fresh: bool = False
+    adapter_base: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rlhf_lit.errors import UserError, first_line
-from rlhf_lit.models.adapters import adapter_config, same_adapter, with_adapter
+from rlhf_lit.models.adapters import adapter_config, base_of_adapter, same_adapter, with_adapter
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.foundation import Foundation, fingerprint
@@ -98,13 +98,15 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any], frozen: bool = Fal
                 f"base.lora: {base.name} already holds an adapter of rank {adapter['r']} and alpha "
                 f"{adapter['lora_alpha']}, which is continued; set base.lora to the same values, or export it merged"
             )
-        weights = replace(base, name=str(adapter["base_model_name_or_path"]))
+        weights = replace(base, name=base_of_adapter(base, adapter), adapter_base=None)
         recorded = Foundation.load(base.folder)
         if recorded and recorded.quantization and base.quantization is None:
             # An adapter stands on the base it was trained on, in 4 bits where that was.
             weights = replace(weights, quantization=Quantization(**recorded.quantization))
     else:
         weights, recorded = base, None
+        if base.adapter_base:
+            raise UserError(f"base.adapter_base: {base.name} holds a whole model, no adapter; leave it out")
     if base.quantization and not (base.lora or adapter or frozen):
         raise UserError("base.quantization: 4-bit weights cannot be trained: set base.lora too")
     auto = getattr(transformers, auto_class)
