@@ -47,3 +47,13 @@ def copied_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             yield path, module
+
+
+def file_key(name: str) -> str:
+    """The key under which a file holds an adapter's weight (Hu et al.'s matrices, DoRA's magnitudes, whole modules)."""
+    found = _CONTAINER.match(name)
+    assert found is not None, f"{name} belongs to no adapter"
+    container, _, rest = found.groups()
+    if container.endswith(".lora_magnitude_vector"):
+        return container
+    return container.removesuffix(".modules_to_save") + (rest or "")

@@ -159,11 +159,11 @@ def _in_force(inner: Any) -> dict[str, Any]:
         chosen[path] = f"{path}.original_module." if copy is None else f"{path}.modules_to_save.{copy}."
     state = {}
     for name, weight in inner.state_dict(keep_vars=True).items():
-        path = next((path for path in chosen if name.startswith(f"{path}.")), None)
-        if path is None:
+        inside = next((path for path in chosen if name.startswith(f"{path}.")), None)
+        if inside is None:
             state[name] = weight
-        elif name.startswith(chosen[path]):
-            state[f"{path}.{name.removeprefix(chosen[path])}"] = weight
+        elif name.startswith(chosen[inside]):
+            state[f"{inside}.{name.removeprefix(chosen[inside])}"] = weight
     return state
 
 
