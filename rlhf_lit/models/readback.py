@@ -75,8 +75,10 @@ def difference(model: nn.Module, folder: Path | None) -> str | None:
                 except (_Differs, OSError, RuntimeError) as error:
                     fault = first_line(error)
         if check is not None and fault is None:
-            left = sorted(check.files.left())
-            fault = f"{left[0]} is in the file and not in the model" if left else None
+            try:
+                check.finish()
+            except (_Differs, OSError, ValueError, RuntimeError) as error:
+                fault = first_line(error)
         return fault
 
 
@@ -140,9 +142,6 @@ class _Files:
         """The keys that nothing was compared with."""
         return self._places.keys() - self._used
 
-    def use(self, key: str) -> None:
-        self._used.add(key)
-
     def require(self, key: str, weight: Tensor) -> None:
         """Compare a tensor of the files with a weight, to the bit, in the dtype that it was written in."""
         stored: Tensor = self._places[key].get_tensor(key)
@@ -175,6 +174,11 @@ class _Check:
         """
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """After all weights: whether the files hold more than those."""
+        if left := sorted(self.files.left()):
+            raise _Differs(f"{left[0]} is in the file and not in the model")
+
 
 class _ModelCheck(_Check):
     def __init__(self, model: Any, folder: Path, opened: ExitStack) -> None:
@@ -183,19 +187,7 @@ class _ModelCheck(_Check):
         self._unsaved = set(model._keys_to_ignore_on_save or ())
         _same_settings(_plain(type(model.config).from_pretrained(folder)), _plain(model.config), NOT_COMPARED, "config")
         _same_bias(model, folder)
-        # By the class that loads it, without weights. Of a key that it declares ignorable it says nothing.
-        _, found = type(model).from_pretrained(
-            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        for kind, words in (
-            ("missing_keys", "not in the file"),
-            ("unexpected_keys", "in the file and not in the model"),
-        ):
-            if keys := sorted(found[kind]):
-                raise _Differs(f"{keys[0]} is {words}")
-        if mismatched := sorted(found["mismatched_keys"]):
-            name, stored, own = mismatched[0]
-            raise _Differs(f"{name} has shape {list(stored)}, and in memory {list(own)}")
+        self.folder = folder
 
     def compare(self, names: list[list[str]], weights: list[Tensor]) -> None:
         from transformers.core_model_loading import revert_weight_conversion
@@ -207,6 +199,22 @@ class _ModelCheck(_Check):
                     self.files.require(key, weight)
                 elif alias == 0 and not self._excused(key, names):
                     raise _Differs(f"{key} is not in the file")
+
+    def finish(self) -> None:
+        super().finish()
+        # By the class that loads it, without weights. Of a key that it declares ignorable it says nothing.
+        _, found = type(self.inner).from_pretrained(
+            self.folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        for kind, words in (
+            ("missing_keys", "not in the file"),
+            ("unexpected_keys", "in the file and not in the model"),
+        ):
+            if keys := sorted(found[kind]):
+                raise _Differs(f"{keys[0]} is {words}")
+        if mismatched := sorted(found["mismatched_keys"]):
+            name, stored, own = mismatched[0]
+            raise _Differs(f"{name} has shape {list(stored)}, and in memory {list(own)}")
 
     def _excused(self, key: str, names: list[list[str]]) -> bool:
         """Whether a key may be missing: the class does not save it, or its twin is there."""
@@ -251,8 +259,13 @@ def _same_bias(inner: Any, folder: Path) -> None:
 
 def _same_settings(stored: dict[str, Any], own: dict[str, Any], but: Any, file: str) -> None:
     for key, value in own.items():
-        if key not in but and (stored.get(key) or None) != (value or None):
+        if key not in but and _ordered(stored.get(key)) != _ordered(value):
             raise _Differs(f"{file}.json says {key}: {stored.get(key)!r}, and the model {value!r}")
+
+
+def _ordered(value: Any) -> Any:
+    """A setting to compare: what has no order in one and some in the other by its sorted elements, nothing as None."""
+    return sorted(value, key=str) if isinstance(value, set | list | tuple) and value else value or None
 
 
 def _plain(config: Any) -> dict[str, Any]:
