@@ -7,6 +7,7 @@ module has is passed over, and a file that holds weights of the base overwrites 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,14 @@ def read_weights(folder: str, revision: str | None, field: str) -> dict[str, Ten
 def trained_modules(modules_to_save: list[str] | None) -> list[str]:
     """The modules that an adapter trains in full, by its configuration, beside a score head."""
     return [name for name in modules_to_save or () if name not in ("score", "classifier")]
+
+
+def without_copies(config: Any, weights: dict[str, Tensor], modules: Collection[str]) -> dict[str, Tensor]:
+    """An adapter's weights without its copies of some modules, which are taken out of its configuration too."""
+    copied = [name for name in config.modules_to_save or () if name in modules]
+    config.modules_to_save = [name for name in config.modules_to_save or () if name not in copied] or None
+    keys = tuple(f"{PREFIX}{name}." for name in copied)
+    return {key: weight for key, weight in weights.items() if not key.startswith(keys)}
 
 
 def without_head(config: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,11 +42,11 @@ def switched_modules(model: nn.Module) -> list[Any]:
 
 
 def copied_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Path and wrapper of the modules that an adapter has a copy of (``modules_to_save``)."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    for path, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
+    """Path and wrapper of the modules that an adapter has a copy of (``modules_to_save``): none where peft was never
+    imported, which takes long."""
+    peft: Any = sys.modules.get("peft.utils.other")
+    for path, module in model.named_modules() if peft else ():
+        if isinstance(module, peft.ModulesToSaveWrapper):
             yield path, module
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from rlhf_lit.errors import UserError, first_line
 from rlhf_lit.models.adapter_files import (
+    LM_HEADS,
     SCORE,
     adapter_file,
     parts_of,
@@ -29,6 +30,7 @@ from rlhf_lit.models.adapter_files import (
     read_weights,
     require_parts,
     trained_modules,
+    without_copies,
 )
 from rlhf_lit.models.adapter_names import adapter_of, copied_modules, of_adapter, plain_name, switched_modules
 from rlhf_lit.models.adapters import holds_adapter
@@ -270,8 +272,12 @@ class Roles(nn.Module):
         """A new adapter with the policy's present weights, under its own name."""
         from peft import get_peft_model_state_dict
 
+        config = copy.deepcopy(self.policy.peft_config["default"])
         weights = get_peft_model_state_dict(self.policy, adapter_name="default", save_embedding_layers=False)
-        self._add_adapter(name, copy.deepcopy(self.policy.peft_config["default"]), trainable)
+        if name == "value" and not config.ensure_weight_tying:
+            # A critic reads hidden states: nothing would train its copy of the LM head.
+            weights = without_copies(config, weights, LM_HEADS)
+        self._add_adapter(name, config, trainable)
         put_weights(self.policy, weights, name, "the policy's adapter", "base.name")
 
     def _add_adapter(self, name: str, config: Any, trainable: bool) -> None:

@@ -145,7 +145,10 @@ def test_each_role_has_its_own(base: str, tmp_path: Path, parts: list[str]) -> N
     assert acting(module.roles, "policy").equal(policy)
     assert acting(module.roles, "reference").equal(reference)
     copies = [name for name, w in module.named_parameters() if ".modules_to_save.value." in name and id(w) in ours]
-    assert len(copies) == sum(".modules_to_save.value." in name for name, _ in module.named_parameters()) > 0
+    assert len(copies) == sum(".modules_to_save.value." in name for name, _ in module.named_parameters())
+    assert {part for part in parts if any(f"{part}.modules" in name for name in copies)} == {*parts} - {"lm_head"}
+    experience = module.rollout(tiny.prompts(), 0)
+    assert not tiny.Step(module, experience).without_gradient
 
 
 def test_a_new_adapter_with_a_moved_module_alone_is_touched(qwen: str) -> None:
