@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,8 +49,8 @@ def holds_adapter(base: Base) -> bool:
     return adapter_config(base) is not None
 
 
-def base_of_adapter(base: Base, adapter: dict[str, Any]) -> str:
-    """Where the base of an adapter is: ``base.adapter_base``, or what the adapter says.
+def base_of_adapter(base: Base, adapter: dict[str, Any]) -> Base:
+    """The base under an adapter: ``base.adapter_base``, or what the adapter says, at the revision that it says.
 
     Args:
         base: the adapter's folder or hub name.
@@ -71,7 +72,9 @@ def base_of_adapter(base: Base, adapter: dict[str, Any]) -> str:
             f"base.name: the base of the adapter is gone from where {file} says it was ({error}); say where it is now "
             "in base.adapter_base"
         ) from None
-    return str(name)
+    # A revision of the adapter's own repository is none of its base's.
+    revision = adapter.get("revision") or (base.revision if Path(base.folder).is_dir() else None)
+    return replace(base, name=str(name), adapter_base=None, revision=revision)
 
 
 def with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_folder: str, scorer: bool) -> Any:
@@ -110,6 +113,7 @@ def with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_fol
             modules_to_save=base.lora.modules_to_save or None,
             use_dora=base.lora.dora,
             use_rslora=base.lora.rslora,
+            revision=base.revision,
         )
     config.inference_mode = False
     config.task_type = "SEQ_CLS" if scorer else "CAUSAL_LM"
