@@ -19,6 +19,7 @@ from rlhf_lit.export.widths import Width, in_width
 from rlhf_lit.files import atomic, short_path
 from rlhf_lit.models.anatomy import context_length
 from rlhf_lit.models.loading import load_tokenizer
+from rlhf_lit.models.readback import require_same
 from rlhf_lit.models.saving import write_model
 
 
@@ -121,6 +122,7 @@ def _write_and_compare(found: Trained, folder: Path, merge: bool, dequantize: bo
     elif not found.adapter:
         model = in_width(model, getattr(torch, dtype))
     write_model(model, load_tokenizer(source), folder, found.scorer)
+    require_same(model, folder)
     del model
     if merge or not found.adapter:
         outputs = plain_outputs(folder, rows, found.scorer, found.trust_remote_code)

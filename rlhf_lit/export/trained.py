@@ -208,15 +208,22 @@ def _put_dequantized(source: nn.Module, target: nn.Module) -> None:
 
 
 def _untie(wrapped: Any) -> None:
-    """Give the LM head weights of its own where an adapter changes them, or the embeddings that they are tied to.
+    """Give the LM head weights of its own where an adapter changes them or the embeddings that they are tied to, or has
+    a copy of one of the two.
 
     Such an adapter acts on one use of the shared weights alone; merged into both it would be another model.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
     inner = wrapped.get_base_model()
-    head, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
-    if inner.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in (head, embeddings)):
+    if not inner.config.tie_word_embeddings:
+        return
+    ends = [inner.get_output_embeddings(), inner.get_input_embeddings()]
+    if any(isinstance(end, BaseTunerLayer) for end in ends):
+        head = ends[0]
         layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        inner.config.tie_word_embeddings = False
+    elif any(isinstance(end, ModulesToSaveWrapper) for end in ends) and ends[0].weight is not ends[1].weight:
         inner.config.tie_word_embeddings = False

@@ -22,6 +22,9 @@ class LoRA:
         alpha: the update is scaled by alpha/r (rsLoRA: alpha/√r).
         dropout: on the adapters' input. SFT and RewardModel only: the others run without dropout and refuse it.
         targets: "all-linear" (every linear layer but the heads), or the names of the layers.
+        modules_to_save: modules that train in full beside the adapters and are saved with them: `lm_head`,
+            `embed_tokens`, `norm`. A name stands for every module whose path ends with it, as peft has it. They train
+            in the base's dtype, and tied embeddings that are named come apart.
         dora: weight-decomposed adapters (Liu et al. 2024, arXiv 2402.09353).
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
     """
@@ -30,6 +33,7 @@ class LoRA:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
     dora: bool = False
     rslora: bool = False
 

@@ -95,10 +95,11 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any], frozen: bool = Fal
     if adapter:
         if base.lora is not None and not same_adapter(base.lora, adapter):
             raise UserError(
-                f"base.lora: {base.name} already holds an adapter of rank {adapter['r']} and alpha "
-                f"{adapter['lora_alpha']}, which is continued; set base.lora to the same values, or export it merged"
+                f"base.lora: {base.name} already holds an adapter of rank {adapter.get('r', 8)}, alpha "
+                f"{adapter.get('lora_alpha', 8)} and modules_to_save {adapter.get('modules_to_save')}, which is "
+                "continued; set base.lora to the same values, or export it merged"
             )
-        weights = replace(base, name=base_of_adapter(base, adapter), adapter_base=None)
+        weights = base_of_adapter(base, adapter)
         recorded = Foundation.load(base.folder)
         if recorded and recorded.quantization and base.quantization is None:
             # An adapter stands on the base it was trained on, in 4 bits where that was.

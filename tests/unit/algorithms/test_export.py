@@ -234,6 +234,10 @@ KINDS = {
     # The head alone is adapted, and shares its weights with embeddings that are not.
     "tied head": ("llama", {"tie_word_embeddings": True}, {"targets": ["lm_head", "q_proj"]}),
     "tied embeddings": ("llama", {"tie_word_embeddings": True}, {"targets": ["embed_tokens", "q_proj"]}),
+    # Modules that train in full; of tied ones, each that is named has weights of its own.
+    "in full": ("llama", {}, {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "tied head in full": ("llama", {"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"]}),
+    "tied embeddings in full": ("llama", {"tie_word_embeddings": True}, {"modules_to_save": ["embed_tokens"]}),
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_lit.algorithms import SFT
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.adapters import base_of_adapter
 from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.models.logprobs import token_logprobs
@@ -59,3 +60,12 @@ def test_adapter_base_must_be_the_same_base_and_there(moved: Path) -> None:
         load_causal_lm(Base(name=str(moved / "hf"), adapter_base=str(moved / "nowhere")))
     with pytest.raises(UserError, match=r"base\.adapter_base: .* holds a whole model"):
         load_causal_lm(Base(name=str(moved / "there"), adapter_base=str(moved / "there")))
+
+
+def test_the_base_is_of_the_revision_that_the_adapter_names(moved: Path) -> None:
+    """The config's revision is that of what it names: the adapter's repository, or the base under a folder of ours."""
+    adapter = {"base_model_name_or_path": "org/base", "revision": None}
+    assert base_of_adapter(Base(name="org/adapter", revision="v2"), adapter).revision is None
+    assert base_of_adapter(Base(name="org/adapter", revision="v2"), {**adapter, "revision": "v1"}).revision == "v1"
+    assert base_of_adapter(Base(name=str(moved / "hf"), revision="v2"), adapter).revision == "v2"
+    assert base_of_adapter(Base(name="org/adapter", revision="v2"), adapter).name == "org/base"
