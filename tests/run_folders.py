@@ -71,3 +71,20 @@ def save_small_model(folder: Path, hidden: int = 32, intermediate: int = 48) -> 
     model.lm_head.weight.data[tokenizer.eos_token_id] *= 20
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_small_mixture(folder: Path) -> None:
+    """The built-in world's tokenizer with a Mixtral of four experts, whose router tells them apart."""
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    from rlhf_lit.models.base import PLAYGROUND
+
+    tokenizer = AutoTokenizer.from_pretrained(PLAYGROUND)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4, initializer_range=0.1, **sizes, **ids
+    )
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -64,7 +64,7 @@ class Algorithm(LightningModule):
             raise UserError(f"model.learning_rate must be greater than 0, not {learning_rate}")
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold trainable weights only: the frozen base comes from `base` again
-        self.base = base
+        self.base = base.trainable()
         self.learning_rate = learning_rate
         self.optimizer_settings = optimizer
         self.schedule_settings = schedule

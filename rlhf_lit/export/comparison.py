@@ -14,7 +14,7 @@ from rlhf_lit.batches import Sequences
 from rlhf_lit.data.chat import ChatFormat
 from rlhf_lit.data.records import Message
 from rlhf_lit.export.trained import Trained, on_device
-from rlhf_lit.models.logprobs import logits
+from rlhf_lit.models.lm_head import logits
 from rlhf_lit.models.packing import hidden_states
 from rlhf_lit.models.scorers import stored_bias
 from rlhf_lit.rollout.rewards import score_sequences

@@ -19,7 +19,7 @@ from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.loading import load_causal_lm, load_scorer
-from rlhf_lit.models.quantization import Dtype
+from rlhf_lit.models.quantization import Dtype, dequantized
 from rlhf_lit.models.scorers import stored_bias
 from rlhf_lit.runs import EXPORT, resolve_model
 
@@ -199,12 +199,10 @@ def on_device(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _put_dequantized(source: nn.Module, target: nn.Module) -> None:
     """Replace weights by what the 4-bit ones of ``source`` stand for in its forward pass."""
-    from bitsandbytes.functional import dequantize_4bit
-
     places = dict(target.named_parameters())
     for name, weight in unwrapped(source).named_parameters():
         if state := getattr(weight, "quant_state", None):
-            places[name.replace(".base_layer", "")].copy_(dequantize_4bit(weight.data, state))
+            places[name.replace(".base_layer", "")].copy_(dequantized(weight, state))
 
 
 def _untie(wrapped: Any) -> None:

@@ -19,6 +19,7 @@ from rlhf_lit.models.adapter_files import (
     trained_modules,
     without_head,
 )
+from rlhf_lit.models.anatomy import without_adapters
 from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.runs import resolve_model
@@ -111,6 +112,7 @@ def with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_fol
             lora_dropout=base.lora.dropout,
             target_modules=base.lora.targets,
             modules_to_save=base.lora.modules_to_save or None,
+            exclude_modules=without_adapters(model) if base.lora.targets == "all-linear" else None,
             use_dora=base.lora.dora,
             use_rslora=base.lora.rslora,
             revision=base.revision,

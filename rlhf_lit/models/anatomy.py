@@ -21,6 +21,38 @@ def unwrapped(model: nn.Module) -> Any:
     return inner.get_base_model() if is_wrapped(model) else inner
 
 
+def body_of(inner: Any) -> Any:
+    """The body of a transformers model, without its head; a body's own is itself."""
+    from transformers import PreTrainedModel
+
+    if (body := getattr(inner, inner.base_model_prefix, None)) is not None:
+        return body
+    # Llama 4's prefix names no attribute of its text model.
+    return next((part for part in inner.children() if isinstance(part, PreTrainedModel)), inner)
+
+
+def states_width(model: nn.Module) -> int:
+    """The width of the hidden states that a language model's head is applied to: not always that between its layers
+    (OPT's ``word_embed_proj_dim``)."""
+    return int(unwrapped(model).get_output_embeddings().weight.shape[-1])
+
+
+def read_directly(model: nn.Module) -> list[str]:
+    """Names of the linear layers of Mamba's mixers whose weights are multiplied without calling them, always or by the
+    kernels of GPUs: an adapter on one would not be seen, and 4 bits be taken for the weight."""
+    mixers = [(path, part) for path, part in model.named_modules() if hasattr(part, "ssm_state_size")]
+    return [
+        f"{path}.{name}" for path, part in mixers for name in ("x_proj", "dt_proj", "out_proj") if hasattr(part, name)
+    ]
+
+
+def without_adapters(model: nn.Module) -> list[str]:
+    """Names of the linear layers that "all-linear" leaves out: those that are ``read_directly``, and routers of
+    mixtures that give more than a product (Llama 4's, Phi MoE's)."""
+    layers = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
+    return [*read_directly(model), *(name for name, part in layers if "Router" in type(part).__name__)]
+
+
 def adapter_in_force(model: nn.Module) -> str | None:
     """The name of the adapter that a PEFT model applies as it stands; None if it applies none."""
     if not is_wrapped(model):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.models.adapter_names import copied_modules
-from rlhf_lit.models.anatomy import adapter_in_force, unwrapped
+from rlhf_lit.models.anatomy import adapter_in_force, body_of, unwrapped
 
 
 @dataclass
@@ -126,12 +126,12 @@ def _weights(model: nn.Module, adapter: str | None) -> tuple[Weights, Weights, i
     if adapter not in known:
         inner = unwrapped(model)
         config = inner.config.get_text_config()
-        body = getattr(inner, inner.base_model_prefix)
+        body = body_of(inner)
         head = inner.get_output_embeddings()
         known[adapter] = (
             _matrices(body, adapter, config),
             Weights(0, 0) if head is None else _matrices(head, adapter, config),
-            config.num_hidden_layers * _attention_width(config),
+            sum(_attention_width(layer) for layer in config.per_layer_config),  # Gemma 4's layers differ
         )
     return known[adapter]
 
@@ -161,9 +161,10 @@ def _multiplied(module: nn.Module, adapter: str | None) -> Iterator[tuple[torch.
     for name, part in module.named_modules():
         if id(part) in idle or isinstance(part, nn.Embedding) or (".lora_" in name and name.split(".")[-1] != adapter):
             continue
-        packed = getattr(part, "quant_state", None)  # 4-bit weights are stored as bytes
+        # 4-bit weights are stored as bytes; what they stand for their module knows: a linear layer, or stacked experts.
+        packed = getattr(part, "quant_states", {"weight": getattr(part, "quant_state", None)})
         for kind, weight in part.named_parameters(recurse=False):
-            shape = torch.Size(packed.shape) if packed is not None and kind == "weight" else weight.shape
+            shape = torch.Size(packed[kind].shape) if packed.get(kind) is not None else weight.shape
             if len(shape) > 1:
                 yield shape, weight.requires_grad
 

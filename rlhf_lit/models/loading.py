@@ -15,11 +15,14 @@ from torch import nn
 
 from rlhf_lit.errors import UserError, first_line
 from rlhf_lit.models.adapters import adapter_config, base_of_adapter, same_adapter, with_adapter
-from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.anatomy import body_of, unwrapped
 from rlhf_lit.models.base import Base
+from rlhf_lit.models.experts import quantizing_experts
 from rlhf_lit.models.foundation import Foundation, fingerprint
-from rlhf_lit.models.quantization import Quantization, keep_4bit_layout, quantization_config
-from rlhf_lit.models.scorers import prepare_score_head, stored_bias
+from rlhf_lit.models.guards import check_language_model, check_scorer
+from rlhf_lit.models.quantization import Quantization, keep_4bit_layout, note_what_stays_wide, quantization_config
+from rlhf_lit.models.scorers import know_score_class, prepare_score_head, stored_bias
+from rlhf_lit.models.weights import whole_model
 from rlhf_lit.runs import resolve_model
 
 
@@ -60,8 +63,8 @@ def require_embeddings(module: nn.Module, tokens: int) -> None:
 
 def load_causal_lm(base: Base) -> nn.Module:
     """The language model of a base, adapters included, in eval mode."""
-    model = _load(base, "AutoModelForCausalLM", {})
-    _check_head(model)
+    model = _load(base, scorer=False)
+    check_language_model(model)
     return model
 
 
@@ -76,7 +79,7 @@ def load_scorer(base: Base, trained: bool = False, frozen: bool = False) -> nn.M
         trained: the base must be a reward model: it must come with a head.
         frozen: it will not be trained, so that it may be a whole model in 4 bits; nothing of it asks for a gradient.
     """
-    model = _load(base, "AutoModelForSequenceClassification", {"num_labels": 1}, frozen)
+    model = _load(base, scorer=True, frozen=frozen)
     if frozen:
         model.requires_grad_(False)
     inner = unwrapped(model)
@@ -88,65 +91,19 @@ def load_scorer(base: Base, trained: bool = False, frozen: bool = False) -> nn.M
     return model
 
 
-def _load(base: Base, auto_class: str, extra: dict[str, Any], frozen: bool = False) -> nn.Module:
-    import transformers
-
-    adapter_folder = base.folder if (adapter := adapter_config(base)) else None
-    if adapter:
-        if base.lora is not None and not same_adapter(base.lora, adapter):
-            raise UserError(
-                f"base.lora: {base.name} already holds an adapter of rank {adapter.get('r', 8)}, alpha "
-                f"{adapter.get('lora_alpha', 8)} and modules_to_save {adapter.get('modules_to_save')}, which is "
-                "continued; set base.lora to the same values, or export it merged"
-            )
-        weights = base_of_adapter(base, adapter)
-        recorded = Foundation.load(base.folder)
-        if recorded and recorded.quantization and base.quantization is None:
-            # An adapter stands on the base it was trained on, in 4 bits where that was.
-            weights = replace(weights, quantization=Quantization(**recorded.quantization))
-    else:
-        weights, recorded = base, None
-        if base.adapter_base:
-            raise UserError(f"base.adapter_base: {base.name} holds a whole model, no adapter; leave it out")
-    if base.quantization and not (base.lora or adapter or frozen):
+def _load(base: Base, scorer: bool, frozen: bool = False) -> nn.Module:
+    """A model of a base, with its adapter if it has one, in eval mode."""
+    adapter_folder, weights, recorded = _weights_under(base)
+    if base.quantization and not (base.lora or adapter_folder or frozen):
         raise UserError("base.quantization: 4-bit weights cannot be trained: set base.lora too")
-    auto = getattr(transformers, auto_class)
-    dtype = getattr(torch, base.dtype)
-    keywords: dict[str, Any] = {
-        "revision": weights.revision,
-        "trust_remote_code": weights.trust_remote_code,
-        **extra,
-    }
-    if base.attention is not None:
-        keywords["attn_implementation"] = base.attention
-    missing = {"score.weight"}  # of the weights; a fresh model's are all drawn anew
-    try:
-        if base.fresh:
-            config = transformers.AutoConfig.from_pretrained(weights.folder, **keywords)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
-                model = auto.from_config(config, dtype=dtype)
-        else:
-            if weights.quantization:
-                keywords["quantization_config"] = quantization_config(weights.quantization)
-            model, loaded = auto.from_pretrained(weights.folder, dtype=dtype, output_loading_info=True, **keywords)
-            missing = set(loaded["missing_keys"])
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"base.name: {weights.folder!r} could not be loaded: {first_line(error)}") from None
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        several = ", such as a score head with several labels" if "num_labels" in extra else ""
-        raise UserError(f"base.name: {weights.folder!r} holds weights of other shapes{several}") from None
-    scorer = "num_labels" in extra
-    if scorer:
-        prepare_score_head(model, new="score.weight" in missing)
-    elif not base.fresh and missing:
-        raise UserError(
-            f"base.name: {weights.folder!r} is no whole language model, it lacks {', '.join(sorted(missing))}"
-        )
+    model, new_head = _plain_model(weights, scorer)
     if weights.quantization:
         keep_4bit_layout(model)
+        note_what_stays_wide(model)
+    if scorer:
+        prepare_score_head(model.eval(), new=new_head)
+        check_scorer(model)
+        model.score.float()
     if base.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if base.lora or adapter_folder:
@@ -159,23 +116,65 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any], frozen: bool = Fal
     return cast("nn.Module", model.eval())
 
 
+def _weights_under(base: Base) -> tuple[str | None, Base, Foundation | None]:
+    """The adapter's folder where a base names an adapter, the base whose weights are to be loaded, and what the adapter
+    was trained on where its folder says so.
+
+    Raises:
+        UserError: ``base.lora`` describes another adapter.
+    """
+    if (adapter := adapter_config(base)) is None:
+        if base.adapter_base:
+            raise UserError(f"base.adapter_base: {base.name} holds a whole model, no adapter; leave it out")
+        return None, base, None
+    if base.lora is not None and not same_adapter(base.lora, adapter):
+        raise UserError(
+            f"base.lora: {base.name} already holds an adapter of rank {adapter.get('r', 8)}, alpha "
+            f"{adapter.get('lora_alpha', 8)} and modules_to_save {adapter.get('modules_to_save')}, which is "
+            "continued; set base.lora to the same values, or export it merged"
+        )
+    weights = base_of_adapter(base, adapter)
+    recorded = Foundation.load(base.folder)
+    if recorded and recorded.quantization and base.quantization is None:
+        # An adapter stands on the base it was trained on, in 4 bits where that was.
+        weights = replace(weights, quantization=Quantization(**recorded.quantization))
+    return base.folder, weights, recorded
+
+
+def _plain_model(base: Base, scorer: bool) -> tuple[Any, bool]:
+    """transformers' model of a base, without adapters, and whether its score head is a new one."""
+    import transformers
+
+    auto = transformers.AutoModelForSequenceClassification if scorer else transformers.AutoModelForCausalLM
+    settings: dict[str, Any] = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    if scorer:
+        settings["num_labels"] = 1
+    if base.attention is not None:
+        settings["attn_implementation"] = base.attention
+    dtype = getattr(torch, base.dtype)
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.folder, **settings)
+        if getattr(config, "rescale_every", 0):
+            # RWKV would halve weights of later layers in place in eval mode, for float16's range: they would be saved
+            # so, and 4-bit ones cannot be.
+            settings["rescale_every"] = config.rescale_every = 0
+        if scorer:
+            know_score_class(config)
+        if base.fresh:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
+                return auto.from_config(config, dtype=dtype), True
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"base.name: {base.folder!r} could not be loaded: {first_line(error)}") from None
+    settings["dtype"] = dtype
+    if not base.quantization:
+        return whole_model(auto, base.folder, settings, scorer)
+    settings["quantization_config"] = quantization_config(base.quantization)
+    with quantizing_experts():
+        return whole_model(auto, base.folder, settings, scorer)
+
+
 def _foundation(model: Any, base: Base) -> Foundation:
     """What a model, loaded and not yet adapted, is as the base of adapters."""
-    body = getattr(model, model.base_model_prefix)
     quantization = asdict(base.quantization) if base.quantization else None
-    return Foundation(base.address, quantization, fingerprint(body))
-
-
-def _check_head(model: nn.Module) -> None:
-    """Our hidden states → LM head path must give the model's own logits, or log-probs would be silently wrong."""
-    from rlhf_lit.models.logprobs import logits
-    from rlhf_lit.models.packing import hidden_states
-
-    tokens = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
-    with torch.no_grad():
-        own = unwrapped(model)(input_ids=tokens, use_cache=False).logits.float()
-        ours = logits(model, hidden_states(model, tokens)).float()
-    if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"base.name: {type(unwrapped(model)).__name__} changes its logits after the LM head in a way not supported"
-        )
+    return Foundation(base.address, quantization, fingerprint(body_of(model)))

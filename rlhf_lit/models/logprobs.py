@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +17,11 @@ from rlhf_lit.batches import Sequences
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.flops import count_head
 from rlhf_lit.models.heads import values_of_states
+from rlhf_lit.models.lm_head import logits
 from rlhf_lit.models.packing import sequence_states
 
 # Logits held at once: 2^24 floats are 64 MiB, 110 positions of a 150 000-token vocabulary.
 CHUNK_LOGITS = 2**24
-
-
-def logits(model: nn.Module, states: Tensor) -> Tensor:
-    """[..., width] hidden states → [..., vocabulary] logits, in the width of float32 or more."""
-    inner = unwrapped(model)
-    raw = inner.get_output_embeddings()(states)
-    config: Any = inner.config
-    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        raw = raw * scale
-    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        raw = raw / scaling
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
-        raw = cap * torch.tanh(raw / cap)
-    return raw
 
 
 def tempered(raw: Tensor, temperature: float) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.adapter_names import adapter_of, copied_modules, plain_name
 from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.quantization import dequantized
 
 ADAPTER = "default"  # the policy's, as ``Roles`` names it
 
@@ -95,11 +96,7 @@ def _tied_layers(inner: Any) -> set[str]:
 def _plain(weight: Tensor) -> Tensor:
     """What a weight stands for, where it is held in 4 bits."""
     state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight.detach()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, state)
+    return weight.detach() if state is None else dequantized(weight, state)
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:

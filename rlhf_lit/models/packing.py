@@ -30,7 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_lit.batches import Layout, Sequences, same_prompts
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.anatomy import attends_to_everything, drops_out, unwrapped
+from rlhf_lit.models.anatomy import attends_to_everything, body_of, drops_out, unwrapped
 from rlhf_lit.models.flops import count_body
 
 _SHARING: ContextVar[bool] = ContextVar("sharing", default=True)
@@ -60,7 +60,7 @@ def hidden_states(
     length = tokens.shape[1] if longest is None else longest
     if limit is not None and length > limit:
         raise UserError(f"data.max_length: a sequence of {length} tokens does not fit the model's context of {limit}")
-    body = getattr(inner, inner.base_model_prefix)
+    body = body_of(inner)
     if segments is None:
         return body(input_ids=tokens, use_cache=False).last_hidden_state
     register()

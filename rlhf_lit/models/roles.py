@@ -34,7 +34,7 @@ from rlhf_lit.models.adapter_files import (
 )
 from rlhf_lit.models.adapter_names import adapter_of, copied_modules, of_adapter, plain_name, switched_modules
 from rlhf_lit.models.adapters import holds_adapter
-from rlhf_lit.models.anatomy import is_wrapped, unwrapped
+from rlhf_lit.models.anatomy import is_wrapped, states_width, unwrapped
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
@@ -153,7 +153,7 @@ class Roles(nn.Module):
                 weights and a new head.
             trunk: share the policy's hidden states, and with them its gradients.
         """
-        self.heads["value"] = scalar_head(unwrapped(self.policy).config.get_text_config().hidden_size)
+        self.heads["value"] = scalar_head(states_width(self.policy))
         if trunk:
             self._adapters["value"] = self._adapters["policy"]
             return

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_lit.batches import Sequences
 from rlhf_lit.losses.kl import exact_kl
 from rlhf_lit.models.heads import values_of_states
-from rlhf_lit.models.logprobs import chunks, logits, predicting_states, scatter, tempered
+from rlhf_lit.models.lm_head import logits
+from rlhf_lit.models.logprobs import chunks, predicting_states, scatter, tempered
 from rlhf_lit.models.packing import sequence_states
 from rlhf_lit.models.roles import Roles
 

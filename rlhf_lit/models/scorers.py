@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.anatomy import body_of
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 def stored_bias(folder: str) -> float | None:
@@ -20,7 +24,7 @@ def stored_bias(folder: str) -> float | None:
 
 
 def prepare_score_head(model: Any, new: bool) -> None:
-    """The `score` head in float32, drawn anew unless it came with the weights; ``model.new_head`` tells which."""
+    """The `score` head, drawn anew unless it came with the weights; ``model.new_head`` tells which."""
     if not isinstance(getattr(model, "score", None), nn.Module):
         raise UserError(f"base.name: {type(model).__name__} has no `score` head; a decoder-only model is needed")
     head = model.score
@@ -31,4 +35,58 @@ def prepare_score_head(model: Any, new: bool) -> None:
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
             values = torch.randn(head.weight.shape) / (width + 1) ** 0.5
         head.weight.data.copy_(values)
-    head.float()
+
+
+def know_score_class(config: Any) -> None:
+    """See to it that transformers' auto class has a sequence classifier for a config: its own, or else ours.
+
+    About half of the families have none. Ours is what transformers writes for most of the others: a linear ``score``
+    without bias on the body, read at the last token that is no padding. docs/reward_models.md says how one reads it
+    elsewhere.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    known = AutoModelForSequenceClassification._model_mapping
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) in known or "AutoModelForSequenceClassification" in own_code:
+        return
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        ours = _score_class(AutoModelForCausalLM._model_mapping[type(config)], config)
+        known.register(type(config), ours, exist_ok=True)
+
+
+def _score_class(language_model: Any, config: Any) -> Any:
+    """A classifier on the body of a language model's family."""
+    from transformers import PreTrainedModel
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    text = config.get_text_config()
+    with torch.device("meta"):
+        built = language_model(text if isinstance(text, language_model.config_class) else config)
+    family = next(kind for kind in language_model.__mro__[1:] if issubclass(kind, PreTrainedModel))
+    members = {
+        # The keys of the language model's files begin with the name that it gives its body.
+        "base_model_prefix": next(name for name, part in built.named_children() if isinstance(part, PreTrainedModel)),
+        "config_class": language_model.config_class,
+        "forward": _score_of_last_token,  # the generic one needs an output with a cache, which recurrent bodies lack
+        # transformers leaves buffers of what it takes for custom code as they come from `torch.empty` (Falcon-H1's).
+        "__module__": language_model.__module__,
+    }
+    name = language_model.__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
+    return type(name, (GenericForSequenceClassification, family), members)
+
+
+def _score_of_last_token(
+    self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> SequenceClassifierOutput:
+    """[rows, time] tokens, padded on either side → [rows, labels] scores. ``options`` are the body's."""
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    states = body_of(self)(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+    rows = torch.arange(len(input_ids), device=states.device)
+    pad = getattr(self.config.get_text_config(), "pad_token_id", None)
+    if pad is None and len(input_ids) > 1:
+        raise ValueError("Several rows need a padding token: set config.pad_token_id")
+    places = torch.arange(input_ids.shape[1], device=states.device)
+    last = places[-1:] if pad is None else (places * (input_ids != pad)).argmax(-1)
+    return SequenceClassifierOutput(logits=self.score(states[rows, last]))

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, re
 from torch.distributed.fsdp import OffloadPolicy as NoOffload
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlhf_lit.models.anatomy import decoder_layers, is_wrapped
+from rlhf_lit.models.anatomy import body_of, decoder_layers, is_wrapped
 
 Part = TypeVar("Part")
 
@@ -241,7 +241,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool = Tru
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else NoOffload()
     groups = _Groups(mesh, reshard_after_forward, offload)
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
-    bodies = [getattr(model, model.base_model_prefix, None) for model in models]
+    bodies = [body for model in models if (body := body_of(model)) is not model]
     for model in models:
         if getattr(model, "is_quantized", False):
             _as_plain_bytes(model, mesh)
@@ -258,14 +258,13 @@ def _as_plain_bytes(model: nn.Module, mesh: DeviceMesh) -> None:
     """4-bit weights as the bytes they are packed in, which can be cut in any place.
 
     A gathered weight is no ``Params4bit`` any more; bitsandbytes makes it one again, at each forward pass, with the
-    constants that its module keeps. Those stay whole on every rank.
+    constants that its module keeps (``models.experts`` likewise). Those stay whole on every rank.
     """
-    from bitsandbytes.nn import Linear4bit
-
     for layer in model.modules():
-        if isinstance(layer, Linear4bit) and not isinstance(layer.weight, DTensor):
-            layer.quant_state.to(mesh.device_type)
-            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            if (state := getattr(weight, "quant_state", None)) is not None:
+                state.to(mesh.device_type)
+                layer.register_parameter(name, nn.Parameter(weight.data, requires_grad=False))
 
 
 def _shard_model(model: Any, groups: _Groups) -> None:
@@ -274,7 +273,7 @@ def _shard_model(model: Any, groups: _Groups) -> None:
     if (score := getattr(model, "score", None)) is not None and any(True for _ in score.parameters()):
         groups.add(score, groups.reshard_after_forward)  # in float32, whatever the body is in
     groups.add(model, False)
-    body = getattr(model, model.base_model_prefix)
+    body = body_of(model)
     if body is model:
         return
     # The body is called without its head: its forward has to gather the weights that both have in common.

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from processes import Run
-from run_folders import final, metrics, save_small_model, timeless
+from run_folders import final, metrics, save_small_mixture, save_small_model, timeless
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 STEPS, HALF = 10, 5
@@ -264,6 +264,20 @@ def test_a_policy_in_16_bits_beside_a_reward_model_in_32(place, way):
         firsts.append(next(row for row in metrics(run_of(place, f"narrow_{strategy}", "ppo")) if row["policy/loss"]))
     for key in ("policy/loss", "value/loss", "policy/grad_norm"):
         assert float(firsts[0][key]) == pytest.approx(float(firsts[1][key]), rel=0.02, abs=0.01), key
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, v_proj]"])
+def test_experts_in_4_bits_are_those_of_one_process(place, targets):
+    """With adapters on the experts themselves, and beside them."""
+    save_small_mixture(place / "mixture")
+    options = [f"--model.base.name={place / 'mixture'}", f"--model.base.lora.targets={targets}"]
+    for way in ("one", "fsdp2"):
+        fit(place, "sft_qlora", way, *options, runs=f"mixture_{targets[:3]}_{way}")
+    runs = [run_of(place, f"mixture_{targets[:3]}_{way}", "sft_qlora") for way in ("one", "fsdp2")]
+    assert moved(runs[0]) > 1e-3
+    assert any(".experts." in name for name in exported(runs[0])) == (targets == "all-linear")
+    assert_same_run(*runs)
 
 
 @pytest.mark.parametrize("way", ["fsdp2"])

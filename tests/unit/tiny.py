@@ -42,6 +42,13 @@ SIZES["gemma2"] = {**SIZES["qwen2"], "head_dim": 8, "final_logit_softcapping": 3
 SIZES["granite"] = {**SIZES["qwen2"], "logits_scaling": 3.0, "embedding_multiplier": 2.0}
 SIZES["cohere"] = {**SIZES["qwen2"], "logit_scale": 0.25}
 SIZES["qwen3"] = SIZES["gemma"] = {**SIZES["qwen2"], "head_dim": 8}
+SIZES["mixtral"] = {**SIZES["qwen2"], "num_local_experts": 4, "num_experts_per_tok": 2}
+SIZES["opt"] = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES["mamba2"] = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8}
+SIZES["falcon_h1"] = {**SIZES["qwen2"], "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+SIZES["recurrent_gemma"] = {**SIZES["llama"], "num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32}
+SIZES["llama4_text"] = {**SIZES["qwen3"], "intermediate_size_mlp": 64, "num_local_experts": 2}
+SIZES["rwkv"] = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 
 
 def make_tokenizer(pad: str = "<eos>") -> Any:

@@ -273,7 +273,7 @@ def test_of_a_model_without_attention_the_matrices() -> None:
         ("32-true", {}, torch.float32),
         ("bf16-mixed", {}, torch.bfloat16),
         ("32-true", {"dtype": "bfloat16"}, torch.bfloat16),
-        ("32-true", {"lora": LoRA(), "quantization": Quantization(compute_dtype="float16")}, torch.float16),
+        ("32-true", {"lora": LoRA(), "quantization": Quantization()}, torch.bfloat16),
     ],
 )
 def test_utilisation_is_of_the_peak_in_the_dtype_of_the_products(

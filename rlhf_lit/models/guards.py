@@ -1,0 +1,96 @@
+"""What is computed from a model's hidden states must be what the model itself computes: found out when it is loaded.
+
+Three tokens go through the model's own forward and through ours. No random number is drawn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.heads import apply_head
+from rlhf_lit.models.lm_head import logits
+from rlhf_lit.models.packing import hidden_states
+
+# Raw logits that are put in place of the LM head's, where a cap or a factor shows: fresh weights have logits near 0,
+# which a cap leaves as they are. The caps in use are 15 to 50.
+LARGEST_LOGIT = 64.0
+TOKENS = ((1, 2, 3), (1, 2, 4))  # they differ in the last alone
+
+
+@torch.no_grad()
+def check_language_model(model: nn.Module) -> None:
+    """Our path from hidden states to logits must give the model's own, or log-probs would be silently wrong.
+
+    Raises:
+        UserError: it does not, or a token sees those after it.
+    """
+    inner = unwrapped(model)
+    name, head = type(inner).__name__, inner.get_output_embeddings()
+    if head is None:
+        raise UserError(f"base.name: {name} has no LM head; a decoder-only language model is needed")
+    tokens = torch.tensor(TOKENS, device=next(model.parameters()).device)
+
+    def own() -> Tensor:
+        return inner(input_ids=tokens, use_cache=False).logits
+
+    plain = own()
+    _require_causal(name, plain)
+    states = hidden_states(model, tokens)
+    same = _agree(plain, logits(model, states))
+    hook = head.register_forward_hook(_ramp)
+    try:
+        same = same and _agree(own(), logits(model, states))
+    finally:
+        hook.remove()
+    if not same:
+        raise UserError(f"base.name: {name} changes its logits around the LM head in a way not supported")
+
+
+@torch.no_grad()
+def check_scorer(model: Any) -> None:
+    """The `score` head on the last token's hidden state must give the model's own score, or scores would be others
+    elsewhere.
+
+    Args:
+        model: a sequence classifier, its head in the width of its body.
+
+    Raises:
+        UserError: it does not, or a token sees those after it.
+    """
+    name, device = type(model).__name__, next(model.parameters()).device
+    states = hidden_states(model, torch.tensor(TOKENS, device=device))
+    _require_causal(name, states)
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    row = next(i for i, tokens in enumerate(TOKENS) if tokens[-1] != pad)
+    own = model(input_ids=torch.tensor(TOKENS[row : row + 1], device=device), use_cache=False).logits
+    last = states[row, -1:]
+    size = (last.abs().float() @ model.score.weight.abs().float().T).max()  # of the products, which may cancel
+    if not _agree(own[0], apply_head(model.score, last), size):
+        raise UserError(f"base.name: {name} does not read its score at the last token by its `score` head alone")
+
+
+def _require_causal(name: str, of_tokens: Tensor) -> None:
+    """[2, time, …] numbers of ``TOKENS`` must agree up to the last token."""
+    if not _agree(of_tokens[0, :-1], of_tokens[1, :-1]):
+        raise UserError(f"base.name: {name} lets a token see those after it; a decoder-only model is needed")
+
+
+def _ramp(_head: nn.Module, _states: Any, raw: Tensor) -> Tensor:
+    """Known logits from −``LARGEST_LOGIT`` to ``LARGEST_LOGIT`` in the place of the head's."""
+    ramp = torch.linspace(-LARGEST_LOGIT, LARGEST_LOGIT, raw.shape[-1], device=raw.device)
+    return ramp.to(raw.dtype).expand_as(raw)
+
+
+def _agree(own: Tensor, ours: Tensor, size: Tensor | None = None) -> bool:
+    """Whether two tensors are the same up to what the narrower's dtype loses in a few operations on numbers of a size;
+    the largest of the tensor's own by default."""
+    if own.shape != ours.shape:
+        return False
+    allowed = 16 * max(torch.finfo(own.dtype).eps, torch.finfo(ours.dtype).eps)
+    own, ours = own.double(), ours.double()
+    return bool((own - ours).abs().max() <= allowed * (own.abs().max() if size is None else size))
