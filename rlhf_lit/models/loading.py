@@ -18,6 +18,7 @@ from rlhf_lit.models.adapters import adapter_config, same_adapter, with_adapter
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.foundation import Foundation, fingerprint
+from rlhf_lit.models.packing import prove_packing
 from rlhf_lit.models.quantization import Quantization, keep_4bit_layout, quantization_config
 from rlhf_lit.models.scorers import prepare_score_head, stored_bias
 from rlhf_lit.runs import resolve_model
@@ -153,7 +154,8 @@ def _load(base: Base, auto_class: str, extra: dict[str, Any], frozen: bool = Fal
             recorded.require_same(foundation, adapter_folder, "base.name")
         model = with_adapter(model, base, adapter_folder, weights.address, scorer)
         model.foundation = foundation
-    return cast("nn.Module", model.eval())
+    prove_packing(model.eval())
+    return cast("nn.Module", model)
 
 
 def _foundation(model: Any, base: Base) -> Foundation:
