@@ -18,7 +18,8 @@ from rlhf_lit.data.records import Demonstration, Message, OnBadRow, Prompt, RowR
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import draw, prompt_text
-from rlhf_lit.models.anatomy import context_length
+from rlhf_lit.models.anatomy import context_length, unwrapped
+from rlhf_lit.models.rope import first_context, leaves_room
 from rlhf_lit.rollout.rewards import RewardSource, shown
 
 
@@ -72,19 +73,17 @@ def fitting(prompts: Sequence[Prompt], module: SFT, template: Template, report: 
     Raises:
         UserError: none does.
     """
-    context = context_length(module.roles.policy)
-    if context is None:
-        return list(prompts)
+    policy, new_tokens = module.roles.policy, module.sampling.max_new_tokens
     chat, kept = ChatFormat(module.tokenizer, template), []
     for prompt in prompts:
-        if len(chat.prompt(prompt.prompt, prompt.tools)) + module.sampling.max_new_tokens > context:
+        if not leaves_room(policy, len(chat.prompt(prompt.prompt, prompt.tools)), new_tokens):
             report.drop("over-long", prompt.row)
         else:
             kept.append(prompt)
     if not kept:
         raise UserError(
-            f"sampling.max_new_tokens: {module.sampling.max_new_tokens} new tokens leave no prompt of {report.file} "
-            f"room in the model's context of {context}"
+            f"sampling.max_new_tokens: {new_tokens} new tokens leave no prompt of {report.file} room in the model's "
+            f"context of {first_context(unwrapped(policy)) or context_length(policy)}"
         )
     return kept
 

@@ -17,12 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lit.models.anatomy import context_length, unwrapped
+
 
 def first_context(model: Any) -> int | None:
     """The tokens of the context that a transformers model with two sets of frequencies was first trained on; None of
     a model with one."""
     found = _contexts(model.config.get_text_config()).values()
     return min(found, default=None)
+
+
+def leaves_room(model: nn.Module, prompt: int, new_tokens: int) -> bool:
+    """Whether a prompt of so many tokens and a response to it fit a model's context, and stay on one side of the first
+    one, where it has two: beyond it all tokens get other frequencies, those too that were written with the first."""
+    context, first = context_length(model), first_context(unwrapped(model))
+    longest = prompt + new_tokens
+    return (context is None or longest <= context) and (first is None or prompt > first or longest <= first)
 
 
 def _contexts(config: Any) -> dict[str | None, int]:
