@@ -50,6 +50,9 @@ class Base:
         lora: train low-rank adapters instead of all weights.
         quantization: load the base weights in 4 bits (needs `lora`, or an adapter folder). Where `name` is an adapter
             folder, null is what the adapter was trained on.
+        router_loss: of a mixture of experts, the coefficient of the loss that keeps its experts evenly used (policy or
+            reward model alone); 0 leaves it out, null is what the model's own config says: `router_aux_loss_coef` where
+            `output_router_logits` is true, else 0.
         fresh: take only the configuration from `name` and start from random weights, drawn from the seed.
         revision: a branch, tag or commit on the hub.
         trust_remote_code: run model code that comes with the weights.
@@ -63,6 +66,7 @@ class Base:
     compile: bool = False
     lora: LoRA | None = None
     quantization: Quantization | None = None
+    router_loss: float | None = None
     fresh: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
@@ -70,6 +74,8 @@ class Base:
     def __post_init__(self) -> None:
         if self.fresh and (self.lora or self.quantization):
             raise UserError("base.fresh: random weights cannot be frozen: leave out base.lora and base.quantization")
+        if self.router_loss is not None and not self.router_loss >= 0:
+            raise UserError(f"base.router_loss must be at least 0 or null, not {self.router_loss}")
         if self.name == "playground" and not self.fresh:
             raise UserError("base.name: playground has no weights of its own: set base.fresh: true")
 

@@ -87,10 +87,12 @@ def collect(routers: list[Tensor], place: Tensor, lengths: Tensor) -> None:
 def own_coefficient(model: nn.Module) -> float:
     """What a model's config multiplies the loss of its routers with: ``router_aux_loss_coef`` where
     ``output_router_logits`` is true, as in transformers and TRL; else 0."""
-    config: Any = unwrapped(model).config.get_text_config()
+    inner: Any = unwrapped(model)
+    config: Any = inner.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return 0.0
-    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
+    # A language model keeps it under one name, whatever its config calls it.
+    return float(getattr(inner, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)) or 0.0)
 
 
 def hear_routers(model: nn.Module) -> int:
@@ -105,16 +107,17 @@ def hear_routers(model: nn.Module) -> int:
     recorded = recorded or (getattr(body, "_can_record_outputs", None) or {}).get("router_logits")
     name = type(inner).__name__
     if recorded is None or isinstance(recorded, list) or not (routers := _matching(inner, recorded)):
-        raise UserError(f"model.base.router_loss: {name} has no routers whose logits are known; leave it null, or 0")
+        raise UserError(f"model.base.router_loss: {name} has no routers whose logits are known; set it to 0")
     if not hasattr(sys.modules[type(body).__module__], "load_balancing_loss_func"):
         raise UserError(
             f"model.base.router_loss: the experts of {name} are balanced by other means than this loss (a bias of the "
-            "router); leave it null, or 0"
+            "router); set it to 0"
         )
     hook = _Heard(recorded.index)
     for router in routers:
         router.register_forward_hook(hook)
-    return int(inner.config.get_text_config().num_experts_per_tok)
+    config = inner.config.get_text_config()
+    return int(inner.num_experts_per_tok if hasattr(inner, "num_experts_per_tok") else config.num_experts_per_tok)
 
 
 def _matching(inner: nn.Module, recorded: Any) -> list[nn.Module]:
@@ -133,6 +136,7 @@ class _Heard:
     def __init__(self, index: int) -> None:
         self.index = index
 
+    @torch.compiler.disable(reason="what is collected leaves the graph")
     def __call__(self, module: nn.Module, given: Any, output: Any) -> None:
         if (logits := _LOGITS.get()) is not None:
             found = output[self.index] if isinstance(output, tuple) else output

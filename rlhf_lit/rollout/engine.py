@@ -342,9 +342,13 @@ def _generating(inner: Any) -> Iterator[Any]:
     from transformers import GenerationConfig
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    own_config = inner.generation_config
+    own_config, config = inner.generation_config, inner.config.get_text_config()
+    # With them transformers computes the routers' loss, over a mask that does not fit the one token of a step.
+    asks_routers = getattr(config, "output_router_logits", None)
     # The model's own defaults (repetition penalties, top-k) would silently change the distribution.
     inner.generation_config = GenerationConfig()
+    if asks_routers:
+        config.output_router_logits = False
     checkpointing = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer) and m.training]
     for module in checkpointing:  # in training mode they would switch the key-value cache off
         module.training = False
@@ -352,5 +356,7 @@ def _generating(inner: Any) -> Iterator[Any]:
         yield inner
     finally:
         inner.generation_config = own_config
+        if asks_routers:
+            config.output_router_logits = asks_routers
         for module in checkpointing:
             module.training = True
