@@ -1,5 +1,5 @@
-"""A model whose config asks for its routers, by the command line: their loss is logged, samples are written, and none of
-it is in an evaluation."""
+"""A model whose config asks for its routers, by the command line: their loss is logged, samples are written, and none
+of it is in an evaluation."""
 
 from __future__ import annotations
 

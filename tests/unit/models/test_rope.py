@@ -22,6 +22,7 @@ from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.packing import hidden_states, layout_of, sequence_states, without_sharing
 from rlhf_lit.models.rope import first_context, leaves_room
 from rlhf_lit.rollout.engine import Sampling, sample
+from rlhf_lit.rollout.vllm_engine import VLLM, VLLMEngine
 
 FIRST = 16  # tokens of the context that the tiny models say they were first trained on
 SHORT, LONG = [1.0, 1.0, 1.1, 1.2], [1.0, 2.0, 4.0, 7.0]
@@ -212,3 +213,14 @@ def test_no_kind_of_transformers_is_forgotten() -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     assert set(ROPE_INIT_FUNCTIONS) == {"linear", "dynamic", "yarn", "longrope", "llama3", "proportional"}
+
+
+def test_vllm_is_given_lengths_of_one_side_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes one set of frequencies for all rows, by the longest length that it may be asked for."""
+    monkeypatch.setitem(tiny.SIZES, "phi3", KINDS["phi3"])
+    model = load_causal_lm(Base(name=tiny.save_model(tmp_path, "phi3")))
+    prompts, keys = prompts_of([3, 8]).prompts, torch.arange(2)
+    for settings in (VLLM(), VLLM(max_length=FIRST + 1)):
+        with pytest.raises(UserError, match=r"model\.vllm\.max_length: vLLM has one set .* set it to at most 16"):
+            VLLMEngine(settings)(model, prompts, keys, Sampling(max_new_tokens=4), (tiny.EOS,))
+    VLLMEngine(VLLM(max_length=FIRST))._check(prompts, Sampling(max_new_tokens=4), first_context(model))
