@@ -55,6 +55,9 @@ class Base:
         lora: train low-rank adapters instead of all weights.
         quantization: load the base weights in 4 bits (needs `lora`, or an adapter folder). Where `name` is an adapter
             folder, null is what the adapter was trained on.
+        router_loss: of a mixture of experts, the coefficient of the loss that keeps its experts evenly used (policy or
+            reward model alone); 0 leaves it out, null is what the model's own config says: `router_aux_loss_coef` where
+            `output_router_logits` is true, else 0.
         fresh: take only the configuration from `name` and start from random weights, drawn from the seed.
         adapter_base: where the base of the adapter in `name` is now; null is where the adapter says that it was. Its
             weights must be those that the adapter was trained on.
@@ -70,6 +73,7 @@ class Base:
     compile: bool = False
     lora: LoRA | None = None
     quantization: Quantization | None = None
+    router_loss: float | None = None
     fresh: bool = False
     adapter_base: str | None = None
     revision: str | None = None
@@ -78,6 +82,8 @@ class Base:
     def __post_init__(self) -> None:
         if self.fresh and (self.lora or self.quantization):
             raise UserError("base.fresh: random weights cannot be frozen: leave out base.lora and base.quantization")
+        if self.router_loss is not None and not self.router_loss >= 0:
+            raise UserError(f"base.router_loss must be at least 0 or null, not {self.router_loss}")
         if self.name == "playground" and not self.fresh:
             raise UserError("base.name: playground has no weights of its own: set base.fresh: true")
 

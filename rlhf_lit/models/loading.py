@@ -20,6 +20,7 @@ from rlhf_lit.models.base import Base
 from rlhf_lit.models.experts import quantizing_experts
 from rlhf_lit.models.foundation import Foundation, fingerprint
 from rlhf_lit.models.guards import check_language_model, check_scorer
+from rlhf_lit.models.packing import prove_packing
 from rlhf_lit.models.quantization import Quantization, keep_4bit_layout, note_what_stays_wide, quantization_config
 from rlhf_lit.models.scorers import know_score_class, prepare_score_head, stored_bias
 from rlhf_lit.models.weights import whole_model
@@ -113,7 +114,8 @@ def _load(base: Base, scorer: bool, frozen: bool = False) -> nn.Module:
             recorded.require_same(foundation, adapter_folder, "base.name")
         model = with_adapter(model, base, adapter_folder, weights.address, scorer)
         model.foundation = foundation
-    return cast("nn.Module", model.eval())
+    prove_packing(model.eval())
+    return cast("nn.Module", model)
 
 
 def _weights_under(base: Base) -> tuple[str | None, Base, Foundation | None]:

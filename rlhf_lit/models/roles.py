@@ -36,6 +36,7 @@ from rlhf_lit.models.adapter_names import adapter_of, copied_modules, of_adapter
 from rlhf_lit.models.adapters import holds_adapter
 from rlhf_lit.models.anatomy import is_wrapped, states_width, unwrapped
 from rlhf_lit.models.base import Base
+from rlhf_lit.models.checkpointing import checkpoint_in_eval_mode
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
 from rlhf_lit.models.loading import load_causal_lm, load_scorer
@@ -244,12 +245,8 @@ class Roles(nn.Module):
 
     def without_dropout(self) -> None:
         """eval() everywhere, with gradient checkpointing still on (transformers ties it to training mode)."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
         self.eval()
-        for module in self.modules():
-            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                module.training = True
+        checkpoint_in_eval_mode(self)
 
     def _untouched(self) -> bool:
         """Whether the policy's adapter is new and still adds nothing, so that adapters off is the same model.
