@@ -115,7 +115,7 @@ def prove_packing(model: nn.Module) -> None:
     takes = inner._supports_attention_backend and config._attn_implementation == "sdpa"
     if not (rotary and takes and attends_to_everything(inner)):
         return
-    body = getattr(inner, inner.base_model_prefix)
+    body = body_of(inner)
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature(body.forward).parameters.values()):
         return
     embeddings = inner.get_input_embeddings().weight
@@ -161,7 +161,7 @@ def layout_of(module: nn.Module) -> Layout:
     from transformers import PreTrainedModel
 
     parts = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
-    bodies = {id(getattr(part, part.base_model_prefix, None)) for part in parts}
+    bodies = {id(body) for part in parts if (body := body_of(part)) is not part}
     models = [part for part in parts if id(part) not in bodies]
     if not all(packs(model) for model in models):
         return "padded"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.balance import sequence_balance
-from rlhf_lit.models.anatomy import unwrapped
+from rlhf_lit.models.anatomy import body_of, unwrapped
 
 
 class Collected:
@@ -103,7 +103,7 @@ def hear_routers(model: nn.Module) -> int:
     """
     inner: Any = unwrapped(model)
     recorded = (getattr(inner, "_can_record_outputs", None) or {}).get("router_logits")
-    body: Any = getattr(inner, inner.base_model_prefix)
+    body = body_of(inner)
     recorded = recorded or (getattr(body, "_can_record_outputs", None) or {}).get("router_logits")
     name = type(inner).__name__
     if recorded is None or isinstance(recorded, list) or not (routers := _matching(inner, recorded)):
