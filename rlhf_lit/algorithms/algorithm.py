@@ -31,6 +31,7 @@ from rlhf_lit.training import evaluation, reduction
 from rlhf_lit.training.malloc import keep_freed_memory
 from rlhf_lit.training.optimizer import Optimizer, Schedule, apply_settings, configure
 from rlhf_lit.training.reduction import StepLoss
+from rlhf_lit.training.router_loss import RouterLoss
 from rlhf_lit.training.utilisation import log_rate
 
 __all__ = ["Algorithm", "Optimizer", "Schedule", "StepLoss"]
@@ -49,10 +50,8 @@ class Algorithm(LightningModule):
         schedule: learning rate over time.
     """
 
-    # The kinds of batches it learns from, which data modules ask for; empty where it does not say.
-    learns_from: ClassVar[tuple[type[Record], ...]] = ()
-    # Metrics shown in the progress bar, beside loss and tokens per second.
-    progress_metrics: ClassVar[tuple[str, ...]] = ()
+    learns_from: ClassVar[tuple[type[Record], ...]] = ()  # kinds of batches; empty where it does not say
+    progress_metrics: ClassVar[tuple[str, ...]] = ()  # shown in the bar, beside loss and tokens per second
     # The denominator by which validation averages over batches, and that of metrics which have another.
     averaged_over: ClassVar[str]
     metrics_averaged_over: ClassVar[dict[str, str]] = {}
@@ -66,9 +65,8 @@ class Algorithm(LightningModule):
         self.strict_loading = False  # checkpoints hold trainable weights only: the frozen base comes from `base` again
         self.base = base.trainable()
         self.learning_rate = learning_rate
-        self.optimizer_settings = optimizer
-        self.schedule_settings = schedule
-        self.averages = evaluation.Averages()
+        self.optimizer_settings, self.schedule_settings = optimizer, schedule
+        self.averages, self.router_loss = evaluation.Averages(), RouterLoss()
         self._built = False
         self.on_dummy = False  # whether the present micro-batch only makes the passes that another rank needs
 
@@ -120,8 +118,7 @@ class Algorithm(LightningModule):
             totals = self.step(batch)
         self.log("train/learning_rate", scheduler.optimizer.param_groups[0]["lr"])
         if self.trainer.global_step == self.trainer.max_steps:
-            # Lightning validates when an epoch ends or a run is told to stop, but not at the last of max_steps.
-            self.trainer.should_stop = True
+            self.trainer.should_stop = True  # else Lightning would not validate at the last of max_steps
         self.log_step(totals, totals.pop("grad_norm"))
         scheduler.step()  # after what was logged, which is the rates this step was made with
         tokens = sum(int(sequences.lengths.sum()) for sequences in batch.answers())
@@ -136,7 +133,8 @@ class Algorithm(LightningModule):
             The step's metrics over all ranks, with ``loss``, and ``grad_norm`` before clipping.
         """
         optimizer: Any = self.optimizers()
-        denominators = {name: self.sum_over_ranks(count) for name, count in self.denominators(batch).items()}
+        counts = self.denominators(batch) | self.router_loss.denominators(batch)
+        denominators = {name: self.sum_over_ranks(count) for name, count in counts.items()}
         self.prepare(batch)
         totals: dict[str, Tensor] = {}
         with reduction.local_gradients(self.trainer):
@@ -154,7 +152,7 @@ class Algorithm(LightningModule):
         for micro_batch, counts in sharding_of(self).passes(parts, batch.dummy):
             self.on_dummy = not counts
             with uncounted(self.on_dummy):
-                for term in self.losses(micro_batch, denominators):
+                for term in self.router_loss.added(self.losses(micro_batch, denominators), denominators):
                     yield term if counts else StepLoss(0 * term.loss, {})
         self.on_dummy = False
 
@@ -180,6 +178,7 @@ class Algorithm(LightningModule):
             return
         self.build()
         require_embeddings(self, len(self.tokenizer))
+        self.router_loss = RouterLoss(self.trained_model, self.base.router_loss)
         if self.base.compile:
             compile_layers(self)
         self._built = True
@@ -201,6 +200,7 @@ class Algorithm(LightningModule):
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
+        self.router_loss.tell()
         self.set_train_mode()
 
     def on_train_start(self) -> None:

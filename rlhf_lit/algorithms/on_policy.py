@@ -219,7 +219,7 @@ class OnPolicy(Writer, Algorithm):
             totals["policy/ratio_var"] = (square - totals["policy/ratio_mean"].square()).clamp(min=0)
         self.log("train/loss", totals.pop("loss"), prog_bar=True)
         for name, total in totals.items():
-            self.log(name, total)
+            self.log("train/router_loss" if name == "router_loss" else name, total)
         self.log("policy/grad_norm", grad_norm)
         # Beside each step that is made on the rollout, since Lightning repeats a value until the next one comes.
         for name, value in self.rollout_metrics.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ from lightning import LightningModule
 
 from rlhf_lit.batches import PromptBatch
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.anatomy import context_length, stop_ids
+from rlhf_lit.models.anatomy import context_length, stop_ids, unwrapped
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.rope import first_context, leaves_room
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Engine, Samples, Sampling, sample
@@ -46,7 +46,8 @@ class Writer(LightningModule):
             stream: keeps one round of sampling apart from another: the number of the rollout, in training.
 
         Raises:
-            UserError: a prompt and its response may be longer than the model's context.
+            UserError: a prompt and its response may be longer than the model's context, or reach from the context that
+                the model was first trained on beyond it, where it has other rotary frequencies there.
         """
         if not len(prompts):
             with self.roles.acting("policy") as model, sharding_of(model).whole():  # with the ranks that have rows
@@ -59,6 +60,15 @@ class Writer(LightningModule):
             raise UserError(
                 f"model.sampling.max_new_tokens: after the prompt {shown(prompts.texts[row])} a response may reach "
                 f"{longest} tokens, and the model's context is {context}; lower it, or data.max_length"
+            )
+        lengths = prompts.prompts.lengths.tolist()
+        crossing = [n for n in lengths if not leaves_room(self.roles.policy, n, self.sampling.max_new_tokens)]
+        if crossing:
+            raise UserError(
+                f"model.sampling.max_new_tokens: after a prompt of {max(crossing)} tokens a response may reach "
+                f"{max(crossing) + self.sampling.max_new_tokens}, and at {first_context(unwrapped(self.roles.policy))} "
+                "the model changes the rotary frequencies of all tokens (LongRoPE), so that none would be as it was "
+                "when it was written; lower it, or data.max_length"
             )
         keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
         with self.roles.acting("policy") as model, sharding_of(model).whole():
@@ -96,8 +106,9 @@ class Writer(LightningModule):
         if prompts is None:
             return []
         # Samples are for people to read: a prompt too long for the context is left out, and ends no training run.
-        room = (context_length(self.roles.policy) or sys.maxsize) - self.sampling.max_new_tokens
-        prompts = prompts.select((prompts.prompts.lengths <= room).nonzero().squeeze(-1))
+        lengths, new_tokens = prompts.prompts.lengths.tolist(), self.sampling.max_new_tokens
+        kept = [row for row, n in enumerate(lengths) if leaves_room(self.roles.policy, n, new_tokens)]
+        prompts = prompts.select(torch.tensor(kept, dtype=torch.int64))
         if not len(prompts):
             return []
         training = {name: module.training for name, module in self.named_modules()}

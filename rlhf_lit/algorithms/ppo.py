@@ -27,6 +27,7 @@ from rlhf_lit.losses.reductions import masked_sum
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.roles import Critic
+from rlhf_lit.models.routing import uncollected
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.training.optimizer import Optimizer
@@ -105,7 +106,7 @@ class PPO(OnPolicy):
             return
         if not self.warming_up:
             yield from super().losses(batch, denominators)
-        with self.roles.acting("value") as model:
+        with self.roles.acting("value") as model, uncollected():
             yield self.value_term(token_values(model, self._value_head, batch.sequences), batch, denominators)
 
     def value_term(self, values: Tensor, batch: ExperienceBatch, denominators: dict[str, Tensor]) -> StepLoss:

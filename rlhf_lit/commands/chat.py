@@ -22,6 +22,7 @@ def converse(
     system: str | None = None,
     sampling: Sampling = Sampling(max_new_tokens=256),
     single_turn: bool = False,
+    base: str | None = None,
 ) -> None:
     """Read turns from standard input and answer each.
 
@@ -30,8 +31,9 @@ def converse(
         system: a system message that opens every conversation.
         sampling: length and temperature of the answers.
         single_turn: forget the conversation after every answer.
+        base: where the base of an adapter is now; null is where the adapter says that it was.
     """
-    module = SFT(Base(name=model), sampling=replace(sampling, rows_at_once=1))
+    module = SFT(Base(name=model, adapter_base=base), sampling=replace(sampling, rows_at_once=1))
     module.configure_model()
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     opening = [Message("system", system)] if system else []

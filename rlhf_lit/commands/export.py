@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
+
+import torch
 
 from rlhf_lit.commands.training import Parser, quiet_libraries
-from rlhf_lit.errors import UserError, first_line
+from rlhf_lit.errors import UserError
 from rlhf_lit.export.card import model_card
 from rlhf_lit.export.comparison import COMPARED_TOKENS, Difference, compared_on, largest, plain_outputs, trained_outputs
+from rlhf_lit.export.hub import check_hub, upload
+from rlhf_lit.export.ollama import write_modelfile
 from rlhf_lit.export.trained import Trained
+from rlhf_lit.export.widths import Width, in_width
 from rlhf_lit.files import atomic, short_path
 from rlhf_lit.models.anatomy import context_length
 from rlhf_lit.models.loading import load_tokenizer
-from rlhf_lit.models.quantization import Dtype
+from rlhf_lit.models.readback import require_same
 from rlhf_lit.models.saving import write_model
 
 
@@ -21,7 +27,8 @@ def export(
     run: str,
     merge: bool = False,
     dequantize: bool = False,
-    dtype: Dtype | None = None,
+    dtype: Width | None = None,
+    base: str | None = None,
     to: str | None = None,
     push_to_hub: str | None = None,
     trust_remote_code: bool = False,
@@ -32,7 +39,9 @@ def export(
         run: a run folder, its `hf/`, or the folder of an adapter or a model.
         merge: whole weights in the place of an adapter.
         dequantize: merge onto what the 4-bit weights stand for, which the adapter was trained on.
-        dtype: of merged weights; None is the base's own.
+        dtype: of whole weights, a reward model's head excepted; None is the width they are stored in (merged ones: the
+            base's).
+        base: where the base of an adapter is now; None is where the adapter says that it was.
         to: the folder to make; None is `export/` in the run's folder (where there is no run, in the model's).
         push_to_hub: a repository on the Hugging Face hub to upload the folder to; a new one is private.
         trust_remote_code: run model code that comes with the weights.
@@ -44,37 +53,39 @@ def export(
         UserError: what was asked for does not fit the model, cannot be loaded, or has no place; nothing is written.
             Where only the upload failed, the folder is there.
     """
-    found = Trained.find(run, trust_remote_code)
+    found = Trained.find(run, trust_remote_code, base)
     _check_options(found, merge, dequantize, dtype)
     target = _free_folder(Path(to) if to else (found.run or found.folder) / "export")
     if push_to_hub is not None:
-        _check_hub(push_to_hub)
-    chosen = dtype or found.base.dtype
+        check_hub(push_to_hub)
+    chosen = dtype or cast("Width", str(found.stored).removeprefix("torch."))
     holds = _words(found, merge, dequantize, chosen)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic(target, shared=True) as partial:
             partial.mkdir()
             difference = _write_and_compare(found, partial, merge, dequantize, chosen)
-            title = push_to_hub or short_path(found.run or found.folder)
-            card = model_card(found, title, holds, merge or not found.adapter, difference)
+            whole_policy = not found.scorer and (merge or not found.adapter)
+            ollama = write_modelfile(partial, found.trust_remote_code) if whole_policy else None
+            card = model_card(found, holds, partial, push_to_hub, difference, ollama)
             (partial / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--to {target}: cannot be written: {error.strerror or error}") from error
-    if push_to_hub is not None:
-        _upload(target, push_to_hub)
-    return f"{short_path(target)}: {holds}; {difference}"
+    line = f"{short_path(target)}: {holds}; {difference}"
+    return line if push_to_hub is None else f"{line}; uploaded to {upload(target, push_to_hub)}"
 
 
-def _check_options(found: Trained, merge: bool, dequantize: bool, dtype: Dtype | None) -> None:
+def _check_options(found: Trained, merge: bool, dequantize: bool, dtype: Width | None) -> None:
     if merge and not found.adapter:
         raise UserError(f"--merge: {found.name} holds a whole model, no adapter; leave --merge out")
     if dequantize and not found.quantized:
         raise UserError(f"--dequantize: {found.name} was not trained on a 4-bit base; leave it out")
     if dequantize and not merge:
         raise UserError("--dequantize says what --merge merges onto; give --merge too")
-    if dtype and not merge:
-        raise UserError("--dtype is of merged weights; give --merge too, or leave it out")
+    if dtype and found.adapter and not merge:
+        raise UserError(
+            f"--dtype is of whole weights, and {found.name} is an adapter; give --merge too, or leave it out"
+        )
 
 
 def _free_folder(folder: Path) -> Path:
@@ -85,7 +96,7 @@ def _free_folder(folder: Path) -> Path:
     return folder
 
 
-def _words(found: Trained, merge: bool, dequantize: bool, dtype: Dtype) -> str:
+def _words(found: Trained, merge: bool, dequantize: bool, dtype: Width) -> str:
     """What the exported folder holds."""
     kind = "reward model" if found.scorer else "policy"
     if not found.adapter:
@@ -97,7 +108,7 @@ def _words(found: Trained, merge: bool, dequantize: bool, dtype: Dtype) -> str:
     return f"the {kind}, its adapter merged onto the {base} base, {dtype}"
 
 
-def _write_and_compare(found: Trained, folder: Path, merge: bool, dequantize: bool, dtype: Dtype) -> Difference:
+def _write_and_compare(found: Trained, folder: Path, merge: bool, dequantize: bool, dtype: Width) -> Difference:
     """Write model and tokenizer, load them again, and compare with the model as it was trained."""
     source = replace(found.base, name=str(found.folder))
     model = found.load(found.folder)
@@ -108,7 +119,10 @@ def _write_and_compare(found: Trained, folder: Path, merge: bool, dequantize: bo
         if not dequantize:
             del model  # before the base comes, so that one stands in memory at a time
         model = found.merged(dtype, model if dequantize else None)
+    elif not found.adapter:
+        model = in_width(model, getattr(torch, dtype))
     write_model(model, load_tokenizer(source), folder, found.scorer)
+    require_same(model, folder)
     del model
     if merge or not found.adapter:
         outputs = plain_outputs(folder, rows, found.scorer, found.trust_remote_code)
@@ -116,40 +130,6 @@ def _write_and_compare(found: Trained, folder: Path, merge: bool, dequantize: bo
         outputs = trained_outputs(found.load(folder), rows, found.scorer)
     differences = [a - b for a, b in zip(outputs, expected, strict=True)]
     return Difference(largest(differences), largest(expected), words)
-
-
-def _check_hub(name: str) -> None:
-    """Refuse what cannot be uploaded, before any work is done."""
-    from httpx import HTTPError
-    from huggingface_hub import HfApi, get_token, is_offline_mode
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"--push-to-hub {name}: no name for a repository: {first_line(error)}") from None
-    if is_offline_mode():
-        raise UserError(f"--push-to-hub {name}: offline (HF_HUB_OFFLINE is set); leave it out, or unset that")
-    if get_token() is None:
-        raise UserError(f"--push-to-hub {name}: no token; run 'hf auth login', or set HF_TOKEN")
-    try:
-        HfApi().whoami()
-    except (OSError, HTTPError) as error:
-        raise UserError(f"--push-to-hub {name}: the hub did not let us in: {first_line(error)}") from None
-
-
-def _upload(folder: Path, name: str) -> None:
-    from httpx import HTTPError
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().create_repo(name, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Export of rlhf_lit")
-    except (OSError, HTTPError, ValueError) as error:
-        raise UserError(
-            f"--push-to-hub {name}: {first_line(error)}; the export is whole in {short_path(folder)}"
-        ) from None
 
 
 def main(argv: list[str]) -> int:
@@ -166,10 +146,23 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="With --merge, for an adapter trained on 4-bit weights: merge onto what those stand for.",
     )
-    parser.add_argument("--dtype", type=Dtype | None, default=None, help="Of merged weights (default: the base's own).")
+    parser.add_argument(
+        "--dtype",
+        type=Width | None,
+        default=None,
+        help="Of whole weights (default: as they are, or as the base's are).",
+    )
+    parser.add_argument(
+        "--base", type=str | None, default=None, metavar="FOLDER", help="Where the base of an adapter is, if it moved."
+    )
     parser.add_argument("--to", type=str | None, default=None, help="Folder to make (default: <run>/export).")
     parser.add_argument(
-        "--push-to-hub", type=str | None, default=None, metavar="NAME", help="Hub repository to upload it to."
+        "--push_to_hub",
+        "--push-to-hub",
+        type=str | None,
+        default=None,
+        metavar="NAME",
+        help="Hub repository to upload it to.",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="Run model code that comes with the weights.")
     arguments = parser.parse_args(argv)

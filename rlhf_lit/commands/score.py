@@ -124,6 +124,7 @@ def score(
     on_bad_row: Literal["null", "skip", "error"] = "null",
     dtype: Dtype = "float32",
     quantization: Quantization | None = None,
+    base: str | None = None,
     trust_remote_code: bool = False,
 ) -> Summary:
     """Score every answer in a file and write the rows with their scores, in the file's order.
@@ -143,6 +144,7 @@ def score(
         on_bad_row: write a row that cannot be scored with null and the reason, leave it out, or stop at the first.
         dtype: of the model's weights.
         quantization: load the model's weights in 4 bits; null is what an adapter was trained on, or full precision.
+        base: where the base of an adapter is now; null is where the adapter says that it was.
         trust_remote_code: run model code that comes with the weights.
 
     Raises:
@@ -155,10 +157,10 @@ def score(
     source = Source(file, split, name, columns or {}, delimiter=delimiter)
     found = answered(read_rows(source, limit), source)
     kind, rows = found.kind, found.rows
-    base = Base(model, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code)
-    scorer = load_scorer(base, trained=True, frozen=True)
+    named = Base(model, dtype=dtype, quantization=quantization, adapter_base=base, trust_remote_code=trust_remote_code)
+    scorer = load_scorer(named, trained=True, frozen=True)
     scorer.to("cuda" if torch.cuda.is_available() else "cpu")
-    chat = ChatFormat(load_tokenizer(base))
+    chat = ChatFormat(load_tokenizer(named))
     longest = min(max_length or sys.maxsize, context_length(scorer) or sys.maxsize)
     report = RowReport(source.label, unused=found.unused, notes=found.notes)
     for line in report.remarks():

@@ -30,7 +30,7 @@ PLAIN = (
     "{% for message in messages %}"
     "{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
     "{% if message['role'] == 'assistant' %}"
-    "{{ 'Assistant:' }}{% generation %}{{ ' ' + message['content'] + (eos_token or '') }}{% endgeneration %}"
+    "{{ 'Assistant:' }}{{ ' ' + message['content'] + (eos_token or '') }}"
     "{% else %}{{ message['role'] | capitalize + ': ' + message['content'] }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
@@ -39,7 +39,7 @@ RAW = (
     "{{ bos_token or '' }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + (eos_token or '') }}{% endgeneration %}"
+    "{{ message['content'] + (eos_token or '') }}"
     "{% else %}{{ message['content'] }}{% endif %}"
     "{% endfor %}"
 )

@@ -18,7 +18,9 @@ from rlhf_lit.data.records import Demonstration, Message, OnBadRow, Prompt, RowR
 from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import draw, prompt_text
-from rlhf_lit.models.anatomy import context_length
+from rlhf_lit.models.anatomy import context_length, unwrapped
+from rlhf_lit.models.rope import first_context, leaves_room
+from rlhf_lit.preflight.sampler import prompts_of, sampler
 from rlhf_lit.rollout.rewards import RewardSource, shown
 
 
@@ -72,19 +74,17 @@ def fitting(prompts: Sequence[Prompt], module: SFT, template: Template, report: 
     Raises:
         UserError: none does.
     """
-    context = context_length(module.roles.policy)
-    if context is None:
-        return list(prompts)
+    policy, new_tokens = module.roles.policy, module.sampling.max_new_tokens
     chat, kept = ChatFormat(module.tokenizer, template), []
     for prompt in prompts:
-        if len(chat.prompt(prompt.prompt, prompt.tools)) + module.sampling.max_new_tokens > context:
+        if not leaves_room(policy, len(chat.prompt(prompt.prompt, prompt.tools)), new_tokens):
             report.drop("over-long", prompt.row)
         else:
             kept.append(prompt)
     if not kept:
         raise UserError(
-            f"sampling.max_new_tokens: {module.sampling.max_new_tokens} new tokens leave no prompt of {report.file} "
-            f"room in the model's context of {context}"
+            f"sampling.max_new_tokens: {new_tokens} new tokens leave no prompt of {report.file} room in the model's "
+            f"context of {first_context(unwrapped(policy)) or context_length(policy)}"
         )
     return kept
 
@@ -109,11 +109,31 @@ def with_readable_gold(prompts: Sequence[Prompt], judges: Sequence[Judge], repor
 
 
 def sampled(module: SFT, prompts: Sequence[Prompt], samples: int, template: Template, stream: int) -> Answers:
-    """A model's own responses; see ``draw``."""
+    """A model's own responses; see ``draw``.
+
+    Raises:
+        UserError: what the model generates is not drawn from its own distribution.
+    """
     turns, tools = [prompt.prompt for prompt in prompts], [prompt.tools for prompt in prompts]
     drawn, texts = draw(module, turns, samples, stream, template, tools)
+    require_own_distribution(module, drawn.sequences.select(torch.arange(0, len(drawn.sequences), samples)))
     ended = drawn.ended.cpu().double().numpy().reshape(len(prompts), samples)
     return Answers(texts, drawn.sequences.to("cpu"), ended)
+
+
+def require_own_distribution(module: SFT, sequences: Sequences) -> None:
+    """Refuse a model whose generation is broken: its scores would be those of another one.
+
+    Args:
+        module: in eval mode.
+        sequences: rows with prompts; the first few are answered once more.
+
+    Raises:
+        UserError: the sampler's log-probs are not the training forward's.
+    """
+    check = sampler(module, prompts_of(sequences))
+    if check.verdict == "warning":
+        raise UserError(f"{module.base.name}: sampler: {check.found}; {check.advice}")
 
 
 def read_answers(

@@ -22,8 +22,8 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.answers import Answers, Judge, read_answers
 from rlhf_lit.evaluation.divergence import kl_per_response
 from rlhf_lit.evaluation.win_rate import wins
-from rlhf_lit.models.anatomy import context_length
 from rlhf_lit.models.base import Base
+from rlhf_lit.models.rope import leaves_room
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.training.reduction import sum_over_ranks
 
@@ -114,12 +114,11 @@ class WinRate(Callback):
         rows = datamodule.examples.get("validation") if hasattr(datamodule, "examples") else None
         if not rows:
             raise UserError("WinRate: it needs held-out prompts: name data.validation, or set data.validation_fraction")
-        room = context_length(module.roles.policy)
         distinct = {tuple(row["prompt"]): row for row in reversed(rows) if row["prompt"]}
         fitting = [
             row
             for row in reversed(distinct.values())
-            if room is None or len(row["prompt"]) + module.sampling.max_new_tokens <= room
+            if leaves_room(module.roles.policy, len(row["prompt"]), module.sampling.max_new_tokens)
         ][: self.prompts]
         if len(fitting) < trainer.world_size:
             raise UserError(

@@ -67,11 +67,31 @@ def drops_out(inner: Any) -> bool:
     """Whether any dropout of a transformers model is active, that of its adapters included."""
     if not inner.training:
         return False
-    settings = vars(inner.config.get_text_config())
-    if any(isinstance(p, float) and p > 0 for name, p in settings.items() if "dropout" in name or "drop_prob" in name):
+    if noise_settings(inner.config.get_text_config()):
         return True  # some are functions, no modules
     kinds = nn.modules.dropout._DropoutNd
     return any(isinstance(module, kinds) and module.training and module.p > 0 for module in inner.modules())
+
+
+def drops_out_attention(inner: Any) -> bool:
+    """Whether the attention of a transformers model drops any of its weights."""
+    names = noise_settings(inner.config.get_text_config()) if inner.training else ()
+    return any("attention" in name or "attn" in name for name in names)
+
+
+def noise_settings(config: Any) -> list[str]:
+    """The fields of a model's config, and of the configs in it, that put noise into its training mode: dropout of any
+    kind, whole layers left out, jitter of a router. Those of a classifier's own head are none of ours."""
+    from transformers import PreTrainedConfig
+
+    found: list[str] = []
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            found += [f"{name}.{inner}" for inner in noise_settings(value)]
+        elif isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            noisy = "drop" in name or "jitter" in name
+            found += [name] if noisy and not name.startswith(("classifier_", "summary_")) else []
+    return found
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

@@ -23,6 +23,9 @@ class LoRA:
         dropout: on the adapters' input. SFT and RewardModel only: the others run without dropout and refuse it.
         targets: "all-linear" (every linear layer but the heads, and but what no adapter is seen on: Mamba's projections
             that its kernels multiply by themselves, and routers that give more than a product), or the names of layers.
+        modules_to_save: modules that train in full beside the adapters and are saved with them: `lm_head`,
+            `embed_tokens`, `norm`. A name stands for every module whose path ends with it, as peft has it. They train
+            in the base's dtype, and tied embeddings that are named come apart.
         dora: weight-decomposed adapters (Liu et al. 2024, arXiv 2402.09353).
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
     """
@@ -31,6 +34,7 @@ class LoRA:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
     dora: bool = False
     rslora: bool = False
 
@@ -51,7 +55,12 @@ class Base:
         lora: train low-rank adapters instead of all weights.
         quantization: load the base weights in 4 bits (needs `lora`, or an adapter folder). Where `name` is an adapter
             folder, null is what the adapter was trained on.
+        router_loss: of a mixture of experts, the coefficient of the loss that keeps its experts evenly used (policy or
+            reward model alone); 0 leaves it out, null is what the model's own config says: `router_aux_loss_coef` where
+            `output_router_logits` is true, else 0.
         fresh: take only the configuration from `name` and start from random weights, drawn from the seed.
+        adapter_base: where the base of the adapter in `name` is now; null is where the adapter says that it was. Its
+            weights must be those that the adapter was trained on.
         revision: a branch, tag or commit on the hub.
         trust_remote_code: run model code that comes with the weights.
     """
@@ -64,13 +73,17 @@ class Base:
     compile: bool = False
     lora: LoRA | None = None
     quantization: Quantization | None = None
+    router_loss: float | None = None
     fresh: bool = False
+    adapter_base: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.fresh and (self.lora or self.quantization):
             raise UserError("base.fresh: random weights cannot be frozen: leave out base.lora and base.quantization")
+        if self.router_loss is not None and not self.router_loss >= 0:
+            raise UserError(f"base.router_loss must be at least 0 or null, not {self.router_loss}")
         if self.name == "playground" and not self.fresh:
             raise UserError("base.name: playground has no weights of its own: set base.fresh: true")
 

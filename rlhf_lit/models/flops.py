@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rlhf_lit.models.adapter_names import copied_modules
 from rlhf_lit.models.anatomy import adapter_in_force, body_of, unwrapped
 
 
@@ -150,8 +151,15 @@ def _matrices(module: nn.Module, adapter: str | None, config: Any) -> Weights:
 def _multiplied(module: nn.Module, adapter: str | None) -> Iterator[tuple[torch.Size, bool]]:
     """The shapes of the matrices of a module and of one adapter in it, and whether they train; no embeddings, which
     are looked up."""
+    idle = set()  # of a module that adapters have copies of, one is in force
+    for _, wrapper in copied_modules(module):
+        copies: dict[str | None, nn.Module] = dict(wrapper.modules_to_save)
+        used = copies.get(adapter, wrapper.original_module)
+        idle |= {
+            id(p) for copy in (wrapper.original_module, *copies.values()) if copy is not used for p in copy.modules()
+        }
     for name, part in module.named_modules():
-        if isinstance(part, nn.Embedding) or (".lora_" in name and name.split(".")[-1] != adapter):
+        if id(part) in idle or isinstance(part, nn.Embedding) or (".lora_" in name and name.split(".")[-1] != adapter):
             continue
         # 4-bit weights are stored as bytes; what they stand for their module knows: a linear layer, or stacked experts.
         packed = getattr(part, "quant_states", {"weight": getattr(part, "quant_state", None)})

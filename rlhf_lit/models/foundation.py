@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.adapter_names import adapter_of, plain_name
 
 FILE = "base.json"
 # Elements of each weight that the fingerprint reads, evenly spread.
@@ -88,7 +89,7 @@ def fingerprint(body: nn.Module) -> str:
 
 def _frozen(body: nn.Module) -> dict[str, Tensor]:
     """The weights by the names they have without adapters."""
-    return {name.replace(".base_layer", ""): p for name, p in body.named_parameters() if "lora_" not in name}
+    return {plain_name(name): p for name, p in body.named_parameters() if adapter_of(name) is None}
 
 
 def _sample(weight: Tensor) -> Any:

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from rlhf_lit.errors import UserError, first_line
-from rlhf_lit.models.adapters import adapter_config, same_adapter, with_adapter
+from rlhf_lit.models.adapters import adapter_config, base_of_adapter, same_adapter, with_adapter
 from rlhf_lit.models.anatomy import body_of, unwrapped
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.experts import quantizing_experts
 from rlhf_lit.models.foundation import Foundation, fingerprint
 from rlhf_lit.models.guards import check_language_model, check_scorer
+from rlhf_lit.models.packing import prove_packing
 from rlhf_lit.models.quantization import Quantization, keep_4bit_layout, note_what_stays_wide, quantization_config
 from rlhf_lit.models.scorers import know_score_class, prepare_score_head, stored_bias
 from rlhf_lit.models.weights import whole_model
@@ -113,7 +114,8 @@ def _load(base: Base, scorer: bool, frozen: bool = False) -> nn.Module:
             recorded.require_same(foundation, adapter_folder, "base.name")
         model = with_adapter(model, base, adapter_folder, weights.address, scorer)
         model.foundation = foundation
-    return cast("nn.Module", model.eval())
+    prove_packing(model.eval())
+    return cast("nn.Module", model)
 
 
 def _weights_under(base: Base) -> tuple[str | None, Base, Foundation | None]:
@@ -124,13 +126,16 @@ def _weights_under(base: Base) -> tuple[str | None, Base, Foundation | None]:
         UserError: ``base.lora`` describes another adapter.
     """
     if (adapter := adapter_config(base)) is None:
+        if base.adapter_base:
+            raise UserError(f"base.adapter_base: {base.name} holds a whole model, no adapter; leave it out")
         return None, base, None
     if base.lora is not None and not same_adapter(base.lora, adapter):
         raise UserError(
-            f"base.lora: {base.name} already holds an adapter of rank {adapter['r']} and alpha "
-            f"{adapter['lora_alpha']}, which is continued; set base.lora to the same values, or export it merged"
+            f"base.lora: {base.name} already holds an adapter of rank {adapter.get('r', 8)}, alpha "
+            f"{adapter.get('lora_alpha', 8)} and modules_to_save {adapter.get('modules_to_save')}, which is "
+            "continued; set base.lora to the same values, or export it merged"
         )
-    weights = replace(base, name=str(adapter["base_model_name_or_path"]))
+    weights = base_of_adapter(base, adapter)
     recorded = Foundation.load(base.folder)
     if recorded and recorded.quantization and base.quantization is None:
         # An adapter stands on the base it was trained on, in 4 bits where that was.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.errors import UserError
+from rlhf_lit.models.adapter_names import adapter_of, copied_modules, plain_name
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.quantization import dequantized
 
@@ -29,8 +30,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         model: a causal language model, or one inside peft's wrapper, whose adapter ``default`` is merged.
 
     Raises:
-        UserError: an adapter stands on the embeddings or the LM head, and these are tied: merged it would act on both.
-            Or it stands on the stacked weights of a mixture's experts.
+        UserError: an adapter stands on the embeddings or the LM head, or has a copy of one of them, and these are tied:
+            merged it would act on both. Or it stands on the stacked weights of a mixture's experts, or adds a bias.
     """
     from peft.tuners.lora.layer import ParamWrapper
     from transformers.core_model_loading import revert_weight_conversion
@@ -42,27 +43,41 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             f"base.lora.targets: an adapter on stacked experts ({stacked[0]}) cannot be merged for vLLM; name the "
             "attention's layers instead"
         )
+    if biased := [path for path, layer in layers.items() if getattr(layer, "lora_bias", {}).get(ADAPTER)]:
+        raise UserError(f"base.name: an adapter with a bias of its own ({biased[0]}) cannot be merged for vLLM")
     if inner.config.tie_word_embeddings and layers.keys() & _tied_layers(inner):
         raise UserError(
             "base.lora.targets: the embeddings and the LM head share their weights, so an adapter on one of them "
             "cannot be merged for vLLM; leave both out of the targets"
         )
-    adapters = {
-        parameter
-        for layer in layers.values()
-        for name, parameter in layer.named_parameters()
-        if not name.startswith("base_layer.")
-    }
+    copied = {path: module for path, module in copied_modules(inner) if ADAPTER in module.modules_to_save}
+    if inner.config.tie_word_embeddings and _come_apart(inner, copied):
+        raise UserError(
+            "base.lora.modules_to_save: the embeddings and the LM head share their weights in the base, and here they "
+            "do not, which cannot be merged for vLLM; leave both out"
+        )
     saved = inner.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in inner.named_buffers() if name in saved)
     for name, weight in (*inner.named_parameters(), *buffers):
-        if weight in adapters:
+        owner = adapter_of(name)
+        if owner is None:
+            if name.partition(".original_module.")[0] in copied:
+                continue  # the adapter's copy stands for it
+            path, _, kind = name.rpartition(".")
+            layer = layers.get(path.removesuffix(".base_layer")) if kind == "weight" else None
+            plain, value = plain_name(name), _plain(weight) if layer is None else _merged(layer, _plain(weight))
+        elif owner == ADAPTER and f".modules_to_save.{ADAPTER}." in name:
+            plain, value = name.replace(f".modules_to_save.{ADAPTER}.", "."), weight.detach()
+        else:
             continue
-        path, _, kind = name.rpartition(".")
-        layer = layers.get(path.removesuffix(".base_layer")) if kind == "weight" else None
-        value = _plain(weight) if layer is None else _merged(layer, _plain(weight))
         # The names and shapes of files are not always those of the module in memory (experts come stacked there).
-        yield from revert_weight_conversion(inner, {name.replace(".base_layer.", "."): value}).items()
+        yield from revert_weight_conversion(inner, {plain: value}).items()
+
+
+def _come_apart(inner: Any, copied: dict[str, Any]) -> bool:
+    """Whether an adapter's copies of tied embeddings and LM head are not one any more."""
+    ends = {path: copied[path].modules_to_save[ADAPTER].weight for path in _tied_layers(inner) & copied.keys()}
+    return bool(ends) and (len(ends) == 1 or len({id(weight) for weight in ends.values()}) > 1)
 
 
 def _adapted(inner: Any) -> dict[str, Any]:

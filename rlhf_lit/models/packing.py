@@ -10,28 +10,36 @@ responses to one prompt alike; it is found from the tokens, and no caller says s
 Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305.) It is not done while any dropout is active,
 which would give the sequences the same noise on their prompt.
 
-Models whose attention cannot be told of segments are given rows padded on the right, and no attention mask: causal
-order already hides the pads.
+Models whose attention cannot be told of segments, which is tried out when they are loaded, are given rows padded on the
+right, and no attention mask: causal order already hides the pads.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_lit.batches import Layout, Sequences, same_prompts
 from rlhf_lit.errors import UserError
-from rlhf_lit.models.anatomy import attends_to_everything, body_of, drops_out, unwrapped
+from rlhf_lit.models.anatomy import (
+    attends_to_everything,
+    body_of,
+    decoder_layers,
+    drops_out,
+    drops_out_attention,
+    unwrapped,
+)
 from rlhf_lit.models.flops import count_body
+from rlhf_lit.models.rope import first_context, frequencies_by_sequence
+from rlhf_lit.models.routing import collect, recorded_routers
+from rlhf_lit.models.segments import Segments, recorded_calls, register
 
 _SHARING: ContextVar[bool] = ContextVar("sharing", default=True)
 
@@ -42,6 +50,7 @@ def hidden_states(
     positions: Tensor | None = None,
     segments: Segments | None = None,
     longest: int | None = None,
+    long: Tensor | None = None,
 ) -> Tensor:
     """[rows, time] tokens → [rows, time, width] last hidden states, from the body without its head.
 
@@ -51,6 +60,7 @@ def hidden_states(
         positions: [rows, time] of each token, where they are not 0, 1, 2, …
         segments: the sequences of one row, where it holds several.
         longest: tokens of the longest of them.
+        long: see ``rope.frequencies_by_sequence``.
 
     Raises:
         UserError: more tokens than the model has positions for.
@@ -61,29 +71,78 @@ def hidden_states(
     if limit is not None and length > limit:
         raise UserError(f"data.max_length: a sequence of {length} tokens does not fit the model's context of {limit}")
     body = body_of(inner)
-    if segments is None:
-        return body(input_ids=tokens, use_cache=False).last_hidden_state
-    register()
-    # A mask of four dimensions is handed on as it is; without one, transformers would make one of time × time.
-    unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
-    options = {"position_ids": positions, "attention_mask": unread, "segments": segments}
-    return body(input_ids=tokens, use_cache=False, **options).last_hidden_state
+    options: dict[str, Any] = {}
+    if segments is not None:
+        register()
+        # A mask of four dimensions is handed on as it is; without one, transformers would make one of time × time.
+        unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        options = {"position_ids": positions, "attention_mask": unread, "segments": segments}
+    with frequencies_by_sequence(inner, long):
+        return body(input_ids=tokens, use_cache=False, **options).last_hidden_state
 
 
 def packs(model: nn.Module) -> bool:
-    """Whether several sequences can be packed into one row: attention is by ``sdpa`` over everything before, the layers
-    hand on what it is told, and positions are those that are given."""
+    """Whether several sequences can be packed into one row: the model was seen to tell them apart (``prove_packing``),
+    and drops no attention."""
     inner: Any = unwrapped(model)
-    config = inner.config.get_text_config()
-    rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
-    takes = inner._supports_attention_backend and config._attn_implementation == "sdpa"
-    quiet = not (inner.training and getattr(config, "attention_dropout", 0))
-    return bool(rotary) and takes and quiet and attends_to_everything(inner)
+    if not hasattr(inner, "tells_segments_apart"):
+        prove_packing(inner)
+    return inner.tells_segments_apart and not drops_out_attention(inner)
 
 
 def shares(model: nn.Module) -> bool:
     """Whether a prompt may be computed once for several sequences: the model packs, and no dropout is active."""
     return _SHARING.get() and packs(model) and not drops_out(unwrapped(model))
+
+
+@torch.no_grad()
+def prove_packing(model: nn.Module) -> None:
+    """Find out whether a model tells the sequences of a row apart, and remember it on the model.
+
+    What a config says of it is not believed: some layers drop what they are told (Nemotron's), and attention then runs
+    over the whole row. Three short sequences, two of them with one prompt, are computed in rows of their own, in one
+    row, and in one row whose attention runs over all of it. The second must agree with the first, as well as the width
+    of the numbers allows and far better than the third does. That is blind where attention adds nothing yet (weights
+    that begin at 0), so the calls of attention are looked at too: each decoder layer must make one, with the segments
+    and without a mask of its own.
+
+    No random numbers are drawn, and all ranks find the same. Call it in eval mode, with whole weights.
+    """
+    inner: Any = unwrapped(model)
+    inner.tells_segments_apart = False
+    config = inner.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
+    takes = inner._supports_attention_backend and config._attn_implementation == "sdpa"
+    if not (rotary and takes and attends_to_everything(inner)):
+        return
+    body = body_of(inner)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature(body.forward).parameters.values()):
+        return
+    embeddings = inner.get_input_embeddings().weight
+    rows = [[3, 5, 7, 4, 6], [8, 9, 4, 7, 3, 6, 5, 3], [8, 9, 4, 5, 6, 3, 9]]
+    rows = [[token % len(embeddings) for token in row] for row in rows]
+    sequences = Sequences.pad(rows, [[False] * len(row) for row in rows]).to(embeddings.device)
+    row = _in_one_row(sequences, sequences.lengths.cpu(), torch.tensor([0, 1, 1]), torch.tensor([0, 0, 3]), None)
+    with recorded_calls() as calls:
+        packed = row.states_of(inner)
+    called = {id(call.layer) for call in calls if call.segmented and not call.masked}
+    heard = all(any(id(part) in called for part in layer.modules()) for layer in decoder_layers(inner))
+    if not called or not heard or len(called) < len({id(call.layer) for call in calls}):
+        return
+    over_all = Segments.of(torch.tensor([row.tokens.shape[1]]), torch.zeros(1, dtype=torch.int64), embeddings.device)
+    run_on = replace(row, segments=over_all).states_of(inner)
+    apart = hidden_states(inner, sequences.tokens)
+    real = row.inside.clone()
+    real[0] = False  # nothing stands before the first
+
+    def distance(states: Tensor) -> float:
+        """Relative, the mean over tokens: of a mixture of experts rounding may send a single one elsewhere."""
+        off, size = ((x[real].double()).norm(dim=-1) for x in (states - apart, apart))
+        return float((off / size.clamp(min=torch.finfo(torch.float64).tiny)).mean())
+
+    narrow = any(weight.dtype not in (torch.float32, torch.float64) for weight in inner.parameters())
+    rounding, most = (torch.finfo(torch.bfloat16).eps, 0.1) if narrow else (torch.finfo(torch.float32).eps, 1e-4)
+    inner.tells_segments_apart = distance(packed) <= min(most, 0.1 * distance(run_on) + 16 * rounding)
 
 
 @contextmanager
@@ -101,7 +160,9 @@ def layout_of(module: nn.Module) -> Layout:
     """The layout that all transformers models inside a module allow, as they stand (train or eval mode)."""
     from transformers import PreTrainedModel
 
-    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    parts = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    bodies = {id(body) for part in parts if (body := body_of(part)) is not part}
+    models = [part for part in parts if id(part) not in bodies]
     if not all(packs(model) for model in models):
         return "padded"
     return "shared" if all(shares(model) for model in models) else "packed"
@@ -109,7 +170,8 @@ def layout_of(module: nn.Module) -> Layout:
 
 def sequence_states(model: nn.Module, sequences: Sequences) -> Tensor:
     """The hidden states of sequences, laid out as the model allows: [rows, time, width]. Past the end of a sequence
-    they are arbitrary. The pass is counted by its real tokens (``models.flops``).
+    they are arbitrary. The pass is counted by its real tokens (``models.flops``), and its routers' probabilities are
+    collected by sequence where a loss asks for them (``models.routing``).
 
     Args:
         model: a causal language model, or one with a scalar head.
@@ -117,29 +179,78 @@ def sequence_states(model: nn.Module, sequences: Sequences) -> Tensor:
     """
     lengths = sequences.lengths.cpu()
     count_body(model, lengths)
-    if not packs(model):
-        return hidden_states(model, sequences.tokens)
-    leader, shared = _common_prompts(model, sequences)
-    if sequences.tokens.numel() == int(lengths.sum()) and not shared.any():
-        return hidden_states(model, sequences.tokens)  # nothing to save
-    return _packed_states(model, sequences, lengths, leader, shared)
+    first = first_context(unwrapped(model))
+    long = None if first is None else lengths > first
+    with recorded_routers() as routers:
+        states, place = _laid_out(model, sequences, lengths, long)
+    if routers:
+        collect(routers, place, sequences.lengths)
+    return states
 
 
-def _common_prompts(model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor]:
+def _laid_out(model: nn.Module, sequences: Sequences, lengths: Tensor, long: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``sequence_states``, and [rows, time] the place of each of their tokens among all that went through the model.
+
+    Args:
+        lengths: [rows] on the CPU.
+        long: [rows] on the CPU, which are longer than the context that a model with two sets of rotary frequencies was
+            first trained on; None of other models.
+    """
+    if packs(model):
+        leader, shared = _common_prompts(model, sequences, long)
+        if sequences.tokens.numel() > int(lengths.sum()) or shared.any():  # else there is nothing to save
+            row = _in_one_row(sequences, lengths, leader, shared, long)
+            return row.states_of(model), row.place
+    differ = None if long is None or long.all() or not long.any() else long[:, None].to(sequences.tokens.device)
+    every = torch.arange(sequences.tokens.numel(), device=sequences.tokens.device)
+    return hidden_states(model, sequences.tokens, long=differ), every.view(sequences.tokens.shape)
+
+
+def _common_prompts(model: nn.Module, sequences: Sequences, long: Tensor | None) -> tuple[Tensor, Tensor]:
     """On the CPU, [rows] int64 each: the row whose first tokens a row has too (its own number where it shares none),
-    and how many these are. A leader shares none itself."""
+    and how many these are. A leader shares none itself. Rows with other rotary frequencies share nothing."""
     alone = torch.arange(len(sequences))
     if len(sequences) > 1 and _SHARING.get():
         leader, prompts = same_prompts(sequences)
+        if long is not None:
+            _, group = torch.unique(2 * leader + long, return_inverse=True)
+            leader = torch.full_like(leader, len(leader)).scatter_reduce(0, group, alone, "amin")[group]
         shared = torch.where(leader == alone, 0, prompts)
         if shared.any() and shares(model):
             return leader, shared
     return alone, torch.zeros_like(alone)
 
 
-def _packed_states(model: nn.Module, sequences: Sequences, lengths: Tensor, leader: Tensor, shared: Tensor) -> Tensor:
-    """``sequence_states`` in one row: [rows, time, width]. ``lengths`` on the CPU; ``leader`` and ``shared`` as of
-    ``_common_prompts``."""
+@dataclass(frozen=True)
+class _Row:
+    """Sequences in one row, where prompts that are shared stand once.
+
+    Attributes:
+        tokens, positions: [1, places].
+        segments: of the row.
+        place: [rows, time] where in the row each token of a sequence is; past its end 0.
+        inside: [rows, time] the tokens before a sequence's end.
+        longest: tokens of the longest sequence.
+        long: [1, places] bool, or None; see ``rope.frequencies_by_sequence``.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Segments
+    place: Tensor
+    inside: Tensor
+    longest: int
+    long: Tensor | None
+
+    def states_of(self, model: nn.Module) -> Tensor:
+        """[rows, time, width] hidden states of the sequences; past their ends arbitrary."""
+        states = hidden_states(model, self.tokens, self.positions, self.segments, self.longest, self.long)
+        return states[0][self.place]
+
+
+def _in_one_row(sequences: Sequences, lengths: Tensor, leader: Tensor, shared: Tensor, long: Tensor | None) -> _Row:
+    """Each leader, then what is different in those that share its prompt. ``lengths`` and ``long`` on the CPU, [rows];
+    ``leader`` and ``shared`` as of ``_common_prompts``."""
     alone = torch.arange(len(lengths))
     device, width = sequences.tokens.device, sequences.tokens.shape[1]
     own = lengths - shared
@@ -154,116 +265,15 @@ def _packed_states(model: nn.Module, sequences: Sequences, lengths: Tensor, lead
     positions = time.expand(len(lengths), -1)[order][taken].to(device)
     place = torch.where(time < shared[:, None], begins[leader][:, None] + time, (begins - shared)[:, None] + time)
     kept = order[own[order] > 0]  # a sequence that is all shared has no tokens of its own
-    segments = Segments.of(own[kept], shared[kept], device)
-    tokens = sequences.tokens.reshape(-1)[source]
-    states = hidden_states(model, tokens[None], positions[None], segments, longest=int(lengths.max()))
-    return states[0][torch.where(inside, place, 0).to(device)]
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Where the sequences of a row begin and end, and what they have in common.
-
-    Attributes:
-        lengths: of each segment, in the order of the row; none is empty.
-        shared: how many tokens it attends to, of the last segment before it that shares none; 0 for its own alone.
-        query_bounds, key_bounds: [segments + 1] int32, running sums of lengths, and of lengths with what is shared.
-        keys: the row's places from which the keys are gathered; None where no segment shares any.
-    """
-
-    lengths: tuple[int, ...]
-    shared: tuple[int, ...]
-    query_bounds: Tensor
-    key_bounds: Tensor
-    keys: Tensor | None
-
-    @classmethod
-    def of(cls, lengths: Tensor, shared: Tensor, device: torch.device) -> Self:
-        """From [segments] int64 each, on the CPU."""
-        ends, whole = lengths.cumsum(0), shared + lengths
-        keys = None
-        if shared.any():
-            begins = ends - lengths
-            head = torch.where(shared == 0, torch.arange(len(lengths)), 0).cummax(0).values
-            inside = torch.arange(int(whole.sum())) - (whole.cumsum(0) - whole).repeat_interleave(whole)
-            common = shared.repeat_interleave(whole)
-            own = begins.repeat_interleave(whole) + inside - common
-            keys = torch.where(inside < common, begins[head].repeat_interleave(whole) + inside, own).to(device)
-        queries, seen = (nn.functional.pad(x.cumsum(0), (1, 0)).to(torch.int32).to(device) for x in (lengths, whole))
-        return cls(tuple(lengths.tolist()), tuple(shared.tolist()), queries, seen, keys)
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    segments: Segments | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' ``sdpa``, and the same over segments where they are given.
-
-    Args:
-        module: the attention layer.
-        query, key, value: [rows, heads, time, width]; of keys and values perhaps fewer heads. One row with segments.
-        attention_mask: not read with segments, which say it all.
-        segments: of the row.
-        options: transformers' own; of them ``scaling`` is that of the scores.
-
-    Returns:
-        [rows, time, heads, width] and None.
-    """
-    if segments is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    scale = options.get("scaling")
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
-    if query.is_cuda and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0):
-        return _in_one_kernel(query.to(dtype), key.to(dtype), value.to(dtype), segments, scale), None
-    return _one_by_one(query, key, value, segments, scale), None
-
-
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
-    """A call of the kernel for each segment."""
-    pieces = (x.split(segments.lengths, 2) for x in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
-    found = []
-    for own, keys, values, shared in zip(*pieces, segments.shared, strict=True):
-        if not shared:
-            first = keys, values
-            out = scaled_dot_product_attention(own, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
-        else:
-            keys, values = (torch.cat([x[:, :, :shared], y], 2) for x, y in zip(first, (keys, values), strict=True))
-            size = own.shape[2], shared + own.shape[2]
-            seen = torch.ones(size, dtype=torch.bool, device=own.device).tril(shared)
-            out = scaled_dot_product_attention(own, keys, values, attn_mask=seen, scale=scale, enable_gqa=grouped)
-        found.append(out.transpose(1, 2))
-    return torch.cat(found, 1)
-
-
-def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
-    """Flash attention of varying lengths (Dao 2023, arXiv 2307.08691), on GPUs in 16 bits. A segment's queries are the
-    last of its keys, which is how the kernel aligns causal order."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if segments.keys is not None:
-        k, v = k[segments.keys], v[segments.keys]
-    longest = max(segments.lengths), max(map(sum, zip(segments.lengths, segments.shared, strict=True)))
-    # torch 2.11 takes fewer heads of keys without being told.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    bounds = segments.query_bounds, segments.key_bounds
-    out = varlen_attn(q, k, v, *bounds, *longest, scale=scale, window_size=(-1, 0), **grouped)
-    assert isinstance(out, Tensor)
-    return out[None]
-
-
-@cache
-def register() -> None:
-    """Make it transformers' ``sdpa``. It stays out of the graphs of compiled layers, which would be compiled anew for
-    each batch's segments."""
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface.register("sdpa", torch.compiler.disable(attention, reason="segments differ from batch to batch"))
+    differ = None
+    if long is not None and long.any() and not long.all():
+        differ = long[:, None].expand(-1, width)[order][taken].to(device)[None]
+    return _Row(
+        sequences.tokens.reshape(-1)[source][None],
+        positions[None],
+        Segments.of(own[kept], shared[kept], device),
+        torch.where(inside, place, 0).to(device),
+        inside.to(device),
+        int(lengths.max()),
+        differ,
+    )

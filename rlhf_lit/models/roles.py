@@ -19,10 +19,24 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, first_line
+from rlhf_lit.models.adapter_files import (
+    LM_HEADS,
+    SCORE,
+    adapter_file,
+    parts_of,
+    put_weights,
+    read_config,
+    read_weights,
+    require_parts,
+    trained_modules,
+    without_copies,
+)
+from rlhf_lit.models.adapter_names import adapter_of, copied_modules, of_adapter, plain_name, switched_modules
 from rlhf_lit.models.adapters import holds_adapter
 from rlhf_lit.models.anatomy import is_wrapped, states_width, unwrapped
 from rlhf_lit.models.base import Base
+from rlhf_lit.models.checkpointing import checkpoint_in_eval_mode
 from rlhf_lit.models.foundation import Foundation
 from rlhf_lit.models.heads import reward_bias, scalar_head
 from rlhf_lit.models.loading import load_causal_lm, load_scorer
@@ -96,7 +110,7 @@ class Roles(nn.Module):
         """
         if not self.shared:
             self.models["reference"] = copy.deepcopy(self.policy).requires_grad_(False)
-        elif self._untouched("default") and not own:
+        elif self._untouched() and not own:
             self._adapters["reference"] = None
         else:
             # The adapter was trained by an earlier stage: the reference is that stage's model, not the bare base.
@@ -122,8 +136,8 @@ class Roles(nn.Module):
                 yield f"models.reference.{name}", weight, weights[name]
             return
         for name, weight in weights.items():
-            if ".reference." in name:
-                yield f"models.policy.{name}", weight, weights[name.replace(".reference.", ".default.")]
+            if adapter_of(name) == "reference":
+                yield f"models.policy.{name}", weight, weights[of_adapter(name, "default")]
 
     @torch.no_grad()
     def move_reference(self, mix: float) -> None:
@@ -201,9 +215,8 @@ class Roles(nn.Module):
     def critic_parameters(self) -> list[nn.Parameter]:
         """The critic's own trainable parameters: none that it shares with the policy."""
         body = self.models["value"].parameters() if "value" in self.models else ()
-        # …lora_A.value.weight: the adapter's name stands between the matrix and its weight.
         weights = self.policy.named_parameters() if self.shared else ()
-        adapter = (p for name, p in weights if name.split(".")[-2] == "value")
+        adapter = (p for name, p in weights if adapter_of(name) == "value")
         return [p for p in (*body, *adapter, *self.heads["value"].parameters()) if p.requires_grad]
 
     @contextmanager
@@ -215,67 +228,74 @@ class Roles(nn.Module):
         if not self.shared or role not in self._adapters:
             yield self.models[role if role in self.models else "policy"]
             return
-        layers = self._tuner_layers()
-        before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+        modules = switched_modules(self.policy)
+        before = [(module._active_adapter, module._disable_adapters) for module in modules]
         adapter = self._adapters[role]
-        for layer in layers:
-            layer._disable_adapters = adapter is None
+        for module in modules:
+            module._disable_adapters = adapter is None
             if adapter is not None:
-                layer._active_adapter = [adapter]
+                # A module that this adapter has no copy of acts as the base's own.
+                copied = getattr(module, "_adapters", None)
+                module._active_adapter = [adapter] if copied is None or adapter in copied else []
         try:
             yield self.policy
         finally:
-            for layer, (active, disabled) in zip(layers, before, strict=True):
-                layer._active_adapter, layer._disable_adapters = active, disabled
+            for module, (active, disabled) in zip(modules, before, strict=True):
+                module._active_adapter, module._disable_adapters = active, disabled
 
     def without_dropout(self) -> None:
         """eval() everywhere, with gradient checkpointing still on (transformers ties it to training mode)."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
         self.eval()
-        for module in self.modules():
-            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                module.training = True
+        checkpoint_in_eval_mode(self)
 
-    def _tuner_layers(self) -> list[Any]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
+    def _untouched(self) -> bool:
+        """Whether the policy's adapter is new and still adds nothing, so that adapters off is the same model.
 
-        return [module for module in self.policy.modules() if isinstance(module, BaseTunerLayer)]
-
-    def _untouched(self, adapter: str) -> bool:
-        """Whether an adapter still adds nothing (B = 0), so that adapters off is the same model."""
-        return all(not layer.lora_B[adapter].weight.any() for layer in self._tuner_layers() if adapter in layer.lora_B)
+        Of a layer's two matrices one begins at 0; DoRA's magnitudes move with it.
+        """
+        if not self.policy.new_adapter:
+            return False
+        zero = (".lora_B.default.", ".lora_embedding_A.default")
+        weights = self.policy.named_parameters()
+        if any(weight.any() for name, weight in weights if any(part in name for part in zero)):
+            return False
+        for _, wrapper in copied_modules(self.policy):
+            own = wrapper.original_module.state_dict()
+            if any(not own[name].equal(w) for name, w in wrapper.modules_to_save["default"].state_dict().items()):
+                return False
+        return True
 
     def _copy_adapter(self, name: str, trainable: bool) -> None:
         """A new adapter with the policy's present weights, under its own name."""
         from peft import get_peft_model_state_dict
 
-        weights = get_peft_model_state_dict(self.policy, adapter_name="default")
-        self._add_adapter(name, copy.deepcopy(self.policy.peft_config["default"]), weights, trainable)
+        config = copy.deepcopy(self.policy.peft_config["default"])
+        weights = get_peft_model_state_dict(self.policy, adapter_name="default", save_embedding_layers=False)
+        if name == "value" and not config.ensure_weight_tying:
+            # A critic reads hidden states: nothing would train its copy of the LM head.
+            weights = without_copies(config, weights, LM_HEADS)
+        self._add_adapter(name, config, trainable)
+        put_weights(self.policy, weights, name, "the policy's adapter", "base.name")
 
-    def _add_adapter(self, name: str, config: Any, weights: dict[str, torch.Tensor], trainable: bool) -> None:
-        """Another adapter on the policy's base, which plays the role of its name."""
-        from peft import set_peft_model_state_dict
-
-        requires = {key: parameter.requires_grad for key, parameter in self.policy.named_parameters()}
+    def _add_adapter(self, name: str, config: Any, trainable: bool) -> None:
+        """Another adapter on the policy's base, which plays the role of its name; its weights are put in later."""
+        requires = {plain_name(key): parameter.requires_grad for key, parameter in self.policy.named_parameters()}
         self.policy.add_adapter(name, config)
-        set_peft_model_state_dict(self.policy, weights, adapter_name=name)
         self._adapters[name] = name
-        # add_adapter leaves only one adapter trainable; say for each what it is.
+        # add_adapter leaves only one adapter trainable; say for each what it is. A module that gets its first copy now
+        # has another name than before.
         for key, parameter in self.policy.named_parameters():
-            parameter.requires_grad_(requires.get(key, trainable))
+            parameter.requires_grad_(trainable if adapter_of(key) == name else requires[plain_name(key)])
 
     def _load_adapter(self, name: str, folder: str, trainable: bool, field: str) -> nn.Linear:
         """A reward model's adapter under a name of its own, on the policy's base, and its score head.
 
         Raises:
-            UserError: it was trained on another base. Names ``field`` of the config.
+            UserError: it was trained on another base, or is not whole. Names ``field`` of the config.
         """
         from os.path import realpath
 
-        from peft import PeftConfig, load_peft_weights
-
-        config, ours = PeftConfig.from_pretrained(folder), self.policy.peft_config["default"]
+        config, ours = read_config(folder, None, field), self.policy.peft_config["default"]
         if recorded := Foundation.load(folder):
             recorded.require_same(self.policy.foundation, folder, field)
         elif realpath(config.base_model_name_or_path) != realpath(ours.base_model_name_or_path):
@@ -283,14 +303,22 @@ class Roles(nn.Module):
                 f"{field}: the adapter in {folder} was trained on {config.base_model_name_or_path}, the policy's on "
                 f"{ours.base_model_name_or_path}; train both on the same base"
             )
-        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not trainable
-        weights = load_peft_weights(folder, device="cpu")
-        score = [value for key, value in weights.items() if "score" in key]
-        if not score:
+        weights = read_weights(folder, None, field)
+        if f"{SCORE}weight" not in weights:
             raise UserError(f"{field}: {folder} holds a language model's adapter, no reward model's")
-        body = {key: value for key, value in weights.items() if "score" not in key}
-        self._add_adapter(name, config, body, trainable)
-        head = scalar_head(score[0].shape[1])
-        head.weight.data.copy_(score[0].to(torch.float32))
+        score = weights.pop(f"{SCORE}weight")
+        head = scalar_head(unwrapped(self.policy).config.get_text_config().hidden_size)
+        if score.shape != head.weight.shape:
+            raise UserError(f"{field}: the score head in {folder} is of shape {list(score.shape)}, not one score's")
+        config.task_type, config.inference_mode = "CAUSAL_LM", not trainable
+        config.modules_to_save = trained_modules(config.modules_to_save) or None
+        where, parts = adapter_file(folder, None), parts_of(unwrapped(self.policy))
+        try:
+            self._add_adapter(name, config, trainable)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{field}: {where}: {first_line(error)}") from None
+        require_parts(self.policy, parts, name, f"{folder}/adapter_config.json", field)
+        put_weights(self.policy, weights, name, where, field)
+        head.weight.data.copy_(score.to(torch.float32))
         head.bias.data.fill_(stored_bias(folder) or 0.0)
         return head.requires_grad_(trainable)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from rlhf_lit.models.anatomy import is_wrapped, unwrapped
 from rlhf_lit.models.heads import reward_bias
+from rlhf_lit.models.older_readers import write_for_older_readers
+from rlhf_lit.models.saved_files import copy_vocabularies, forget_loading, open_to_readers
+from rlhf_lit.models.special_tokens import write_special_tokens
 
 
 class Trained(Protocol):
@@ -35,8 +38,9 @@ def save_hf(module: Trained, folder: Path, weights: dict[str, Tensor] | None = N
     """Write the trained model and its tokenizer to ``folder``.
 
     A policy is saved as a causal language model, a reward model as a sequence classifier with one label; with LoRA, the
-    adapter alone, which names its base. A reward model's folder also holds ``reward.json``: the constant that this
-    package adds to the classifier's logit (transformers' own ``score`` layer has none).
+    adapter alone, which names its base. The files name the tokens that end a response here as those to stop at. A
+    reward model's folder also holds ``reward.json``: the constant that this package adds to the classifier's logit
+    (transformers' own ``score`` layer has none).
 
     Args:
         module: with its models built.
@@ -71,6 +75,11 @@ def write_model(
     else:
         _save(model, folder, "default", weights)
     tokenizer.save_pretrained(folder)
+    write_special_tokens(model, tokenizer, folder)
+    write_for_older_readers(model, tokenizer, folder)
+    copy_vocabularies(tokenizer, folder)
+    forget_loading(folder)
+    open_to_readers(folder)
 
 
 def _save(model: Any, folder: Path, adapter: str, weights: dict[str, Tensor] | None) -> None:
@@ -78,6 +87,7 @@ def _save(model: Any, folder: Path, adapter: str, weights: dict[str, Tensor] | N
         # peft puts the name that the base was loaded by, which may be a path relative to where that was.
         model.peft_config[adapter].base_model_name_or_path = model.foundation.name
         model.save_pretrained(folder, selected_adapters=[adapter], state_dict=weights)
+        (folder / "README.md").unlink(missing_ok=True)  # a form, of which peft fills in a path of this machine
         model.foundation.save(folder)
     else:
         model.save_pretrained(folder, state_dict=weights)

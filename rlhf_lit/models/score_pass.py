@@ -15,6 +15,7 @@ from rlhf_lit.models.lm_head import logits
 from rlhf_lit.models.logprobs import chunks, predicting_states, scatter, tempered
 from rlhf_lit.models.packing import sequence_states
 from rlhf_lit.models.roles import Roles
+from rlhf_lit.models.routing import uncollected
 
 
 @dataclass
@@ -61,7 +62,7 @@ def exact_kl_to_reference(roles: Roles, sequences: Sequences, temperature: float
     """
     with torch.no_grad(), roles.acting("reference") as model:
         reference_states, _ = predicting_states(model, sequence_states(model, sequences), sequences)
-    with roles.acting("policy") as model:
+    with roles.acting("policy") as model, uncollected():  # its routers were heard in the pass of the policy's loss
         policy_states, _ = predicting_states(model, sequence_states(model, sequences), sequences)
 
     def piece_kl(policy_piece: Tensor, reference_piece: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ message['content'] }}"
     "{% elif message['role'] == 'assistant' %}"
-    "{{ '\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{{ '\\n' }}{{ message['content'] + eos_token }}"
     "{% else %}{{ raise_exception('the playground template knows the roles user and assistant only') }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n' }}{% endif %}"

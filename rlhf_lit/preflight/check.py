@@ -43,10 +43,12 @@ class Tolerance:
     Attributes:
         reshaped: the same row in batches of different shapes, where sums are taken in another order.
         same: the same batch through the same arithmetic.
+        sampled: a token when it was drawn and when it is scored (``rollout.gap``).
     """
 
     reshaped: float
     same: float
+    sampled: float
 
 
 # Measured as the mean |Δ log-prob| over a row's tokens, the largest over rows, alone against padded in a batch (a
@@ -54,8 +56,10 @@ class Tolerance:
 # weights and 6e-3 under bf16 autocast, where single tokens are off by 0.06, which is why the mean over a row is judged
 # and not its largest token. Real faults are larger: positions counted from the pads, or pads attended to, move every
 # token by tenths of a nat.
-FULL_WIDTH = Tolerance(reshaped=1e-4, same=1e-5)
-HALF_WIDTH = Tolerance(reshaped=0.05, same=1e-3)
+# A sampler is off by at most 2e-6 in float32; in bfloat16 random models of 8 layers × 128 (Llama, Qwen3-MoE, OLMoE) are
+# by 0.003 to 0.05 in the median token, broken ones (RWKV's states, DeepSeek-V4's padding) by 0.3 and more.
+FULL_WIDTH = Tolerance(reshaped=1e-4, same=1e-5, sampled=1e-4)
+HALF_WIDTH = Tolerance(reshaped=0.05, same=1e-3, sampled=0.1)
 
 
 def tolerance_of(model: nn.Module) -> Tolerance:

@@ -38,6 +38,7 @@ from rlhf_lit.preflight.models import (
     trainable_parameters,
 )
 from rlhf_lit.preflight.rewards import scores_alone, scores_vary
+from rlhf_lit.preflight.sampler import prompts_of, sampler
 from rlhf_lit.preflight.text import text_kept
 from rlhf_lit.preflight.tokens import one_bos, supervised_eos, supervised_tokens
 from rlhf_lit.rollout.collect import raw_scores, score_pass
@@ -171,8 +172,14 @@ def _held_to_reference(module: Any, batch: Batch, sequences: Sequences) -> Itera
     yield preference_loss(module, batch) if at_start(module) else _too_late("loss at step 0", module)
 
 
+def _sampler(module: Any, batch: Batch, sequences: Sequences) -> Iterator[Check]:
+    with _without_dropout(module):
+        yield sampler(module, prompts_of(sequences))
+
+
 OF_ANSWERS: tuple[tuple[Callable[[Algorithm], bool], Callable[[Any, Batch, Sequences], Iterator[Check]]], ...] = (
     (lambda module: isinstance(module, Writer), _policy_padding),
+    (lambda module: isinstance(module, Writer), _sampler),
     (lambda module: hasattr(module, "scores") and hasattr(module, "scorer"), _scorer_padding),
     (lambda module: isinstance(getattr(module, "loss", None), NLLLoss), _starting_loss),
     (lambda module: isinstance(module, OfflineAlgorithm), _held_to_reference),
@@ -189,6 +196,7 @@ def _sampled(module: OnPolicy, prompts: PromptBatch) -> Iterator[Check]:
     """The checks that need answers: one is drawn to each prompt, with the noise that evaluations use."""
     with _short_answers(module):
         samples = module.respond(prompts)
+    yield sampler(module, prompts.prompts)
     texts = module.response_texts(samples)
     sequences, budget = samples.sequences, prompts.micro_batch_tokens
     yield padding(logprobs_of(module.roles), absolute, sequences, SCORING_BUDGET * budget, module.roles.policy)

@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from rlhf_lit.models.adapter_names import copied_modules, plain_name
 from rlhf_lit.models.anatomy import unwrapped
 
 # Part of the digest: raise it when the same model would give other log-probs.
@@ -103,15 +104,13 @@ def identify(model: nn.Module) -> ReferenceIdentity:
     compute = _compute()
     add(VERSION, _function(inner.config.to_dict()), compute)
     weights = {
-        _without_wrappers(name): weight
-        for name, weight in _once(inner.state_dict(keep_vars=True))
-        if id(weight) not in inside_adapters
+        plain_name(name): weight for name, weight in _once(_in_force(inner)) if id(weight) not in inside_adapters
     }
     for name, weight in sorted(weights.items()):
         add(name, *_content(weight))
     for name, module in inner.named_modules():
         if hasattr(module, "compute_dtype"):  # what 4-bit weights are dequantised to
-            add(_without_wrappers(name), module.compute_dtype)
+            add(plain_name(name), module.compute_dtype)
     for adapter in adapters:
         for place, settings, tensors in adapter.in_force:
             add(adapter.layer, place, settings, [(name, *_content(tensor)) for name, tensor in tensors])
@@ -151,9 +150,21 @@ def _once(named: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def _without_wrappers(name: str) -> str:
-    """A weight's name as it is without adapters around its layer."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+def _in_force(inner: Any) -> dict[str, Any]:
+    """The state of a model by name: of a module that an adapter has a copy of, the one that is in force."""
+    chosen = {}
+    for path, wrapper in copied_modules(inner):
+        active = () if wrapper.disable_adapters else (n for n in wrapper.active_adapters if n in wrapper._adapters)
+        copy = next(iter(active), None)
+        chosen[path] = f"{path}.original_module." if copy is None else f"{path}.modules_to_save.{copy}."
+    state = {}
+    for name, weight in inner.state_dict(keep_vars=True).items():
+        inside = next((path for path in chosen if name.startswith(f"{path}.")), None)
+        if inside is None:
+            state[name] = weight
+        elif name.startswith(chosen[inside]):
+            state[f"{inside}.{name.removeprefix(chosen[inside])}"] = weight
+    return state
 
 
 def _content(weight: Tensor) -> tuple[list[int], str, str]:
@@ -187,7 +198,7 @@ def _adapters(inner: nn.Module) -> list[_Adapters]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [
-        _adapters_of(_without_wrappers(name), module)
+        _adapters_of(plain_name(name), module)
         for name, module in inner.named_modules()
         if isinstance(module, BaseTunerLayer)
     ]

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.anatomy import attends_to_everything, unwrapped
+from rlhf_lit.models.rope import first_context
 from rlhf_lit.randomness import gumbel_noise
+
+# The rows that one may be generated with: any, padded to one length; those of its own length; none.
+Company = Literal["any", "equal", "none"]
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,9 @@ def sample(
     Returns:
         Samples in the order of the prompts.
     """
-    order = torch.argsort(prompts.lengths, stable=True)
     responses: list[list[int]] = [[] for _ in range(len(prompts))]
     logprobs: list[Tensor] = [torch.empty(0)] * len(prompts)
-    for rows in order.split(sampling.rows_at_once):
+    for rows in _together(unwrapped(model), prompts.lengths, sampling.rows_at_once):
         part = prompts.select(rows)
         new, part_logprobs = _generate(model, part, None if keys is None else keys[rows], sampling, stop_ids)
         is_stop = _stops(new, stop_ids)
@@ -149,6 +152,76 @@ def sample(
             responses[row] = new[i, : lengths[i]].tolist()
             logprobs[row] = part_logprobs[i, : lengths[i]]
     return Samples.collect(prompts, responses, logprobs, stop_ids)
+
+
+def _together(inner: Any, lengths: Tensor, rows_at_once: int) -> Iterator[Tensor]:
+    """Groups of rows that are generated together, short prompts first, at most so many rows each.
+
+    Prompts of one group are padded on the left to one length, where the model can bear it (``_company``). With two sets
+    of rotary frequencies, which a call's longest row would choose for all, they are on one side of the first context.
+    """
+    order = torch.argsort(lengths, stable=True)
+    kind, first = torch.zeros_like(lengths), first_context(inner)
+    if first is not None:
+        kind = (lengths > first).to(kind)
+    company = _company(inner) if len(lengths) > 1 else "any"
+    if company != "any":
+        kind = lengths
+    _, sizes = torch.unique_consecutive(kind[order], return_counts=True)
+    for rows in order.split(sizes.tolist()):
+        yield from rows.split(1 if company == "none" else rows_at_once)
+
+
+def _company(inner: Any) -> Company:
+    """In what company a row is generated as it is alone: tried out once, and remembered on the model.
+
+    transformers' states of RWKV mix the rows of a batch, and other states or compressed keys may take in the padding
+    that an attention mask hides. A short prompt is continued by the same three tokens alone, beside another of its
+    length, and padded beside a longer one. What it says must be the same, far nearer than where the padding is to be
+    seen.
+    """
+    from transformers.cache_utils import DynamicCache
+
+    if not hasattr(inner, "company"):
+        prompt, other, longer = [3, 5, 4, 7], [9, 4, 6, 8], [3, *([8, 6, 9, 3] * 4)]
+        padded = [longer[:13] + prompt, longer]  # an odd number of pads: keys may be compressed in groups of 2, 4, …
+        alone = _continued(inner, [prompt], 4)
+        narrow = any(weight.dtype not in (torch.float32, torch.float64) for weight in inner.parameters())
+        rounding, most = (torch.finfo(torch.bfloat16).eps, 0.1) if narrow else (torch.finfo(torch.float32).eps, 1e-3)
+
+        def distance(found: Tensor) -> float:
+            return float((found - alone).abs().mean() / alone.std())
+
+        limit = min(most, 0.1 * distance(_continued(inner, padded, 17)) + 16 * rounding)
+        ways: list[tuple[Company, list[list[int]]]] = [("any", padded), ("equal", [prompt, other])]
+        if any(type(layer).__module__ != DynamicCache.__module__ for layer in DynamicCache(config=inner.config).layers):
+            del ways[0]  # a cache of its own may compress more tokens than are tried
+        fine = (way for way, rows in ways if distance(_continued(inner, rows, 4)) <= limit)
+        inner.company = next(fine, "none")
+    return cast("Company", inner.company)
+
+
+def _continued(inner: Any, rows: list[list[int]], read: int) -> Tensor:
+    """[3, vocabulary] log-probs, as the first of some rows is continued by three tokens that are given.
+
+    Args:
+        rows: token ids, all of one length.
+        read: the last so many tokens of the first row are not hidden.
+    """
+
+    def forced(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor([5], device=scores.device), 0.0)
+
+    ids = torch.tensor(rows, device=inner.get_input_embeddings().weight.device)
+    attention = torch.ones_like(ids)
+    attention[0, :-read] = 0
+    settings = _stop_at((0,), 3)
+    settings.output_logits = True
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _generating(inner):
+        output = inner.generate(
+            ids, attention_mask=attention, generation_config=settings, logits_processor=[forced], synced_gpus=False
+        )
+    return torch.stack([logits[0] for logits in output.logits]).double().log_softmax(-1)
 
 
 def _generate(
@@ -269,9 +342,13 @@ def _generating(inner: Any) -> Iterator[Any]:
     from transformers import GenerationConfig
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    own_config = inner.generation_config
+    own_config, config = inner.generation_config, inner.config.get_text_config()
+    # With them transformers computes the routers' loss, over a mask that does not fit the one token of a step.
+    asks_routers = getattr(config, "output_router_logits", None)
     # The model's own defaults (repetition penalties, top-k) would silently change the distribution.
     inner.generation_config = GenerationConfig()
+    if asks_routers:
+        config.output_router_logits = False
     checkpointing = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer) and m.training]
     for module in checkpointing:  # in training mode they would switch the key-value cache off
         module.training = False
@@ -279,5 +356,7 @@ def _generating(inner: Any) -> Iterator[Any]:
         yield inner
     finally:
         inner.generation_config = own_config
+        if asks_routers:
+            config.output_router_logits = asks_routers
         for module in checkpointing:
             module.training = True

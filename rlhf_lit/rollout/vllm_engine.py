@@ -26,6 +26,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.merging import merged_weights
 from rlhf_lit.models.quantization import Dtype
+from rlhf_lit.models.rope import first_context
 from rlhf_lit.rollout.engine import Samples, Sampling
 
 # vLLM raises a temperature between 0 and this one to it (vllm/sampling_params.py): another distribution.
@@ -107,9 +108,10 @@ class VLLMEngine:
         """One response to each prompt; arguments as of ``rollout.engine.sample``.
 
         Raises:
-            UserError: the temperature is one that vLLM changes, or a prompt and its response may exceed ``max_length``.
+            UserError: the temperature is one that vLLM changes, a prompt and its response may exceed ``max_length``, or
+                that allows lengths at which the model's rotary frequencies are others.
         """
-        self._check(prompts, sampling)
+        self._check(prompts, sampling, first_context(unwrapped(model)))
         rows = [row[:length] for row, length in zip(prompts.tokens.tolist(), prompts.lengths.tolist(), strict=True)]
         # Mixed precision is the training forward's: vLLM has a dtype of its own, and a merge is exact.
         with torch.autocast(prompts.tokens.device.type, enabled=False):
@@ -126,7 +128,14 @@ class VLLMEngine:
                 self._asleep = True
         return read(outputs, prompts, stop_ids)
 
-    def _check(self, prompts: Sequences, sampling: Sampling) -> None:
+    def _check(self, prompts: Sequences, sampling: Sampling, first: int | None) -> None:
+        limit = self.settings.max_length
+        if first is not None and (limit is None or limit > first):
+            raise UserError(
+                "model.vllm.max_length: vLLM has one set of rotary frequencies for all rows, chosen by this length, "
+                f"and the model has others beyond {first} tokens (LongRoPE); set it to at most {first}, or leave "
+                "model.vllm null"
+            )
         if sampling.temperature < LEAST_TEMPERATURE:
             raise UserError(
                 f"model.sampling.temperature: vLLM raises {sampling.temperature} to {LEAST_TEMPERATURE}; set at least "

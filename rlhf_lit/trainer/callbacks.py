@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.errors import UserError
-from rlhf_lit.files import append_rows, atomic, replace_file, short_path
+from rlhf_lit.files import append_rows, atomic, remove, replace_file, short_path
+from rlhf_lit.models.readback import difference
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.record import RolloutRecord
@@ -270,14 +272,31 @@ class HFExport(Callback):
     """``hf/`` at the end of ``fit``: what plain transformers or peft load, and what the next stage takes."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Not reached when training was interrupted by an exception."""
+        """Not reached when training was interrupted by an exception.
+
+        Raises:
+            UserError: what was written is not the model in memory. It then lies in ``hf.refused``, and no ``hf`` is
+                there for a later stage to take for it.
+        """
         if not _trial(trainer):
             assert isinstance(pl_module, Algorithm)
-            weights = sharding_of(pl_module.trained_model).whole_weights(keep=trainer.is_global_zero)
-            if trainer.is_global_zero:
-                self._export(pl_module, weights, Path(trainer.default_root_dir, EXPORT))
+            self._export(trainer, pl_module, Path(trainer.default_root_dir, EXPORT))
         trainer.strategy.barrier("hf export")
 
-    def _export(self, module: Algorithm, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
-        with atomic(folder) as partial:  # a kill leaves no half model where later runs look
-            save_hf(module, partial, weights)
+    def _export(self, trainer: Trainer, module: Algorithm, folder: Path) -> None:
+        weights = sharding_of(module.trained_model).whole_weights(keep=trainer.is_global_zero)
+        # A kill leaves no half model where later runs look.
+        with atomic(folder) if trainer.is_global_zero else nullcontext() as partial:
+            if partial is not None:
+                save_hf(module, partial, weights)
+            fault = trainer.strategy.broadcast(difference(module.trained_model, partial))
+            if fault is None:
+                return
+            refused = folder.with_name(f"{folder.name}.refused")
+            if partial is not None:
+                remove(refused)
+                partial.rename(refused)
+            raise UserError(
+                f"{short_path(refused)}: what was saved is not the model that was trained: {fault}. The checkpoint "
+                "holds the trained weights; please report this"
+            )

@@ -172,6 +172,7 @@ def test_a_merged_model_loads_in_plain_transformers(here: Path, tmp_path: Path, 
         assert model.config.num_labels == 1
     else:
         base = transformers.GenerationConfig.from_pretrained(here / "model").to_diff_dict()
+        del base["_from_model_config"]  # it has the tokenizer's special tokens now
         found = transformers.GenerationConfig.from_pretrained(folder).to_diff_dict()
         assert {key: found.get(key) for key in base} == base
 
@@ -230,7 +231,7 @@ def test_without_a_validation_the_card_shows_the_last_step(here: Path, tmp_path:
         (["runs/sft", "--merge", "--dequantize"], "error: --dequantize: runs/sft was not trained on a 4-bit base"),
         (["runs/sft", "--to=model"], "error: --to model: is there already"),
         (["runs/sft", "--merge", "--dtype=int8"], "dtype: expected"),
-        (["runs/sft", "--push-to-hub=me/mine"], "error: --push-to-hub me/mine: offline (HF_HUB_OFFLINE is set)"),
+        (["runs/sft", "--push-to-hub=me/mine"], "error: --push_to_hub me/mine: offline (HF_HUB_OFFLINE is set)"),
         ([], "run"),
         (["runs/sft", "--merg"], "merg"),
     ],
@@ -249,5 +250,25 @@ def test_bad_input_ends_in_one_line(here: Path, argv: list[str], words: str) -> 
 def test_help_names_every_option(here: Path) -> None:
     status, out, _ = call("export", "--help")
     assert status == 0
-    for option in ("--merge", "--dequantize", "--dtype", "--to", "--push-to-hub"):
+    for option in ("--merge", "--dequantize", "--dtype", "--base", "--to", "--push_to_hub", "--push-to-hub"):
         assert option in out
+
+
+def test_a_modelfile_beside_whole_policies(here: Path, tmp_path: Path) -> None:
+    """It speaks the run's own chat format; adapters and reward models have none."""
+    import transformers
+
+    for name, options in {"sft": (), "reward": ("--merge",)}.items():
+        exported(name, tmp_path / name, *options)
+        assert not (tmp_path / name / "Modelfile").exists()
+        assert "Ollama" not in (tmp_path / name / "README.md").read_text()
+    exported("sft", tmp_path / "merged", "--merge")
+    lines = (tmp_path / "merged" / "Modelfile").read_text().splitlines()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    answer = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    ).partition("Hi")[2]
+    assert lines[1] == "FROM ./model.gguf"
+    assert f'{{{{- if ne $before "assistant" }}}}{{{{ {json.dumps(answer)} }}}}{{{{- end }}}}"""' in lines
+    assert f'PARAMETER stop "{tokenizer.eos_token}"' in lines
+    assert "- `Modelfile` is Ollama's" in (tmp_path / "merged" / "README.md").read_text()

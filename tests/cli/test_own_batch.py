@@ -108,7 +108,7 @@ def test_it_is_checked_trained_on_and_measured(own: Path, capsys: pytest.Capture
     both = ["--model=own.WeightedSFT", "--data=own.WeightedDataModule", *SETTINGS]
     assert call("fit", *both, "--trainer.max_steps=2") == 0
     said = capsys.readouterr().out
-    assert "preflight: 6 checks passed" in said
+    assert "preflight: 7 checks passed" in said
     assert "EOS supervised        in every row" in said
     assert call("memory", *both) == 0
     assert "largest data.micro_batch_tokens within" in capsys.readouterr().out

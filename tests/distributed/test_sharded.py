@@ -19,11 +19,12 @@ STEPS, HALF = 10, 5
 # A reward model, the policy that learns from it, and what learns from files; a score is asked for before PPO begins.
 NAMES = ("sft", "reward", "dpo", "ppo", "kto", "grpo")
 LORA = {"lora": {"rank": 4}}
+PARTS = {"lora": {"rank": 4, "modules_to_save": ["lm_head", "embed_tokens", "norm"]}}
 QLORA = {**LORA, "quantization": {"type": "nf4", "compute_dtype": "float32"}}
 # What of a model trains. Not GRPO with adapters: its first steps are so far that they blow rounding up to 1e-3, under
 # DDP as under FSDP2.
-WAYS_TO_TRAIN = {"": {}, "_lora": LORA, "_qlora": QLORA}
-KINDS = [*NAMES, *(f"{name}_lora" for name in NAMES[:5]), *(f"{name}_qlora" for name in NAMES[:4])]
+WAYS_TO_TRAIN = {"": {}, "_lora": LORA, "_qlora": QLORA, "_parts": PARTS}
+KINDS = [*NAMES, *(f"{name}_lora" for name in NAMES[:5]), *(f"{name}_qlora" for name in NAMES[:4]), "dpo_parts"]
 OVERLAYS = Path(__file__).parents[2] / "configs" / "overlays"
 OPTIONS = {"zero2": "fsdp2_zero2", "offload": "fsdp2_offload", "hsdp": "hsdp"}  # of FSDP2, by the overlay
 WAYS: dict[str, tuple[int, tuple[str, ...]]] = {"one": (1, ()), "fsdp": (2, ("--trainer.strategy=fsdp",))}
@@ -318,6 +319,37 @@ def test_a_checkpoint_goes_on_under_another_strategy(place, name, before, after)
     fit(place, name, before, f"--trainer.max_steps={HALF}", runs=runs)
     fit(place, name, after, "--ckpt_path=last", runs=runs)
     assert_same_state(final(run_of(place, "one", name)), final(run_of(place, runs, name)))
+
+
+SABOTEUR = """
+from lightning.pytorch import Callback
+from safetensors.torch import load_file, save_file
+from rlhf_lit.trainer import callbacks
+
+class Harm(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        save = callbacks.save_hf
+
+        def harmful(module, folder, weights):
+            save(module, folder, weights)
+            file = folder / "model.safetensors"
+            tensors = load_file(file)
+            tensors["model.norm.weight"][0] += 1
+            save_file(tensors, file, metadata={"format": "pt"})
+
+        callbacks.save_hf = harmful
+"""
+
+
+def test_an_export_that_is_not_the_model_ends_every_rank(place):
+    (place / "saboteur.py").write_text(SABOTEUR)
+    argv = ("fit", "--config", "sft.yaml", "--runs=harmed", "--trainer.devices=2", "--trainer.strategy=fsdp2")
+    run = Run(*argv, "--trainer.callbacks+=saboteur.Harm", folder=place, path=[place], ranks=2)
+    assert run.statuses() == [2, 2], run.said()
+    said = "hf.refused: what was saved is not the model that was trained: model.norm.weight is up to 1 away"
+    assert said in run.said()
+    assert "Traceback" not in run.said()
+    assert not (run_of(place, "harmed", "sft") / "hf").exists()
 
 
 @pytest.mark.parametrize(

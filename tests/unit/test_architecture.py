@@ -11,7 +11,7 @@ import pytest
 import rlhf_lit
 
 PACKAGE = Path(rlhf_lit.__file__).parent
-MODELS = {"torch", "transformers", "peft", "numpy", "bitsandbytes", "safetensors"}
+MODELS = {"torch", "transformers", "peft", "safetensors", "numpy", "bitsandbytes"}
 TOOLS = {"evaluation", "export", "memory", "preflight", "report", "sweep", "trainer"}
 
 # The rooms, low to high: room → (rooms and modules of ours that it may import, packages from outside).

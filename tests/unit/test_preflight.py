@@ -151,6 +151,7 @@ ROLLOUT = [
     "trainable parameters",
     "text kept",
     "one BOS",
+    "sampler",
     "padding",
     "KL = 0",
     "reference",
@@ -159,9 +160,9 @@ ROLLOUT = [
     "reward alone",
 ]
 EXPECTED = {
-    sft: [*TOKENS, "starting loss"],
+    sft: [*TOKENS, "sampler", "starting loss"],
     reward_model: TOKENS,
-    dpo: [*TOKENS, "KL = 0", "reference", "loss at step 0"],
+    dpo: [*TOKENS, "sampler", "KL = 0", "reference", "loss at step 0"],
 }
 
 
@@ -629,11 +630,11 @@ def fit(module: Algorithm, data: TextDataModule | None, folder: Path, loader: An
 def test_the_table_of_a_sound_run(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(*dpo(place, ADAPTER), tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
     for line, name in zip(lines, EXPECTED[dpo], strict=False):
         assert line.startswith(f"ok  {name}  "), line
         assert line == line.rstrip()
-    assert lines[-1].startswith("preflight: 9 checks passed in ")
+    assert lines[-1].startswith("preflight: 10 checks passed in ")
 
 
 def test_a_failed_check_stops_the_run_before_its_first_batch(

@@ -212,10 +212,10 @@ class Step:
     def __init__(self, module: Algorithm, batch: Any, cut: bool = True) -> None:
         module.zero_grad()
         self.totals: dict[str, float] = {}
-        denominators = module.denominators(batch)
+        denominators = module.denominators(batch) | module.router_loss.denominators(batch)
         module.prepare(batch)
         for micro_batch in batch.micro_batches(layout_of(module)) if cut else [batch]:
-            for share in module.losses(micro_batch, denominators):
+            for share in module.router_loss.added(module.losses(micro_batch, denominators), denominators):
                 share.loss.backward()
                 for name, value in {"loss": share.loss.detach(), **share.metrics}.items():
                     self.totals[name] = self.totals.get(name, 0.0) + float(value)

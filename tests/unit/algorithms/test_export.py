@@ -1,5 +1,6 @@
 """What a run leaves behind: checkpoints without the base, and folders that plain transformers and peft load."""
 
+import io
 import json
 import re
 import shutil
@@ -9,11 +10,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_lit.__main__ import main
 from rlhf_lit.algorithms import DPO, SFT, RewardModel
 from rlhf_lit.algorithms.algorithm import Algorithm
+from rlhf_lit.batches import Sequences
 from rlhf_lit.commands.export import export
+from rlhf_lit.data.chat import ChatFormat
+from rlhf_lit.data.records import Message
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.models.anatomy import unwrapped
@@ -228,6 +234,10 @@ KINDS = {
     # The head alone is adapted, and shares its weights with embeddings that are not.
     "tied head": ("llama", {"tie_word_embeddings": True}, {"targets": ["lm_head", "q_proj"]}),
     "tied embeddings": ("llama", {"tie_word_embeddings": True}, {"targets": ["embed_tokens", "q_proj"]}),
+    # Modules that train in full; of tied ones, each that is named has weights of its own.
+    "in full": ("llama", {}, {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "tied head in full": ("llama", {"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"]}),
+    "tied embeddings in full": ("llama", {"tie_word_embeddings": True}, {"modules_to_save": ["embed_tokens"]}),
 }
 
 
@@ -399,12 +409,12 @@ REFUSED = {
     "dequantize without 4 bits": ({"run": "lora", "merge": True, "dequantize": True}, "was not trained on a 4-bit"),
     "dequantize of a full model": ({"run": "full", "dequantize": True}, "was not trained on a 4-bit base"),
     "dequantize without merge": ({"run": "qlora", "dequantize": True}, "give --merge too"),
-    "dtype without merge": ({"run": "lora", "dtype": "float32"}, "--dtype is of merged weights"),
+    "dtype without merge": ({"run": "lora", "dtype": "float32"}, "--dtype is of whole weights"),
     "a folder with something in it": ({"run": "lora", "to": "base"}, "--to base: is there already"),
     "a file": ({"run": "lora", "to": "base/config.json"}, "is there already"),
     "below a file": ({"run": "lora", "to": "base/config.json/x"}, "cannot be written"),
-    "offline": ({"run": "lora", "push_to_hub": "me/mine"}, "--push-to-hub me/mine: offline (HF_HUB_OFFLINE is set)"),
-    "no repository's name": ({"run": "lora", "push_to_hub": "a b/c"}, "--push-to-hub a b/c: no name for a repository"),
+    "offline": ({"run": "lora", "push_to_hub": "me/mine"}, "--push_to_hub me/mine: offline (HF_HUB_OFFLINE is set)"),
+    "no repository's name": ({"run": "lora", "push_to_hub": "a b/c"}, "--push_to_hub a b/c: no name for a repository"),
 }
 
 
@@ -427,7 +437,9 @@ def test_a_base_that_is_gone_or_changed_is_refused(adapters: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"the weights of .* are not those that the adapter in .* was trained on"):
         export(str(tmp_path), merge=True)
     shutil.rmtree(base)
-    with pytest.raises(UserError, match="the base of its adapter is gone"):
+    with pytest.raises(
+        UserError, match=r"the base of the adapter is gone from where .*base\.json says it was .*--base"
+    ):
         export(str(tmp_path), merge=True)
     assert not (tmp_path / "hf" / "export").exists()
 
@@ -449,45 +461,135 @@ def test_a_failure_leaves_nothing_and_a_kill_nothing_under_the_name(
     assert not list(tmp_path.iterdir())
 
 
-class Hub:
-    """Stands for the hub's client, and remembers what was asked of it."""
-
-    asked: list[tuple[Any, ...]]
-    broken = False
-
-    def whoami(self) -> None:
-        self.asked.append(("whoami",))
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
-        self.asked.append(("create", repo_id, private, exist_ok))
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        if self.broken:
-            raise ConnectionError("the line went dead")
-        self.asked.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+# --- a base that has moved -------------------------------------------------------------------------------------------
 
 
-def test_a_whole_folder_is_uploaded_to_a_private_repository(
-    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A LoRA policy and a LoRA reward model, whose base went from ``here`` to ``there``. → the modules."""
+    here = tiny.save_model(tmp_path / "here")
+    policy, scorer = (
+        trained_policy(Base(name=here, lora=LoRA(rank=4))),
+        trained_scorer(Base(name=here, lora=LoRA(rank=4))),
+    )
+    save_hf(policy, tmp_path / "policy" / "hf")
+    save_hf(scorer, tmp_path / "scorer" / "hf")
+    shutil.move(here, tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    return policy, scorer
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_says_where_a_moved_base_is_now(moved: Any, tmp_path: Path, merge: bool) -> None:
+    with pytest.raises(
+        UserError, match=r"^policy: the base of the adapter is gone from where \S+base\.json says .*--base"
+    ):
+        export("policy", merge=merge, to="out")
+    with pytest.raises(UserError, match=r"^--base: ./nowhere: no such model folder"):
+        export("policy", merge=merge, base="./nowhere", to="out")
+    tiny.save_model(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="was trained on a base with name"):
+        export("policy", merge=merge, base="other", to="out")
+    with pytest.raises(UserError, match="--base: there holds a whole model"):
+        export("there", base="there", to="out")
+    assert not (tmp_path / "out").exists()
+    assert printed(export("policy", merge=merge, base="there", to="out")) < 1e-5
+    loaded = plain(tmp_path / "out", "AutoModelForCausalLM", None if merge else str(tmp_path / "there"))
+    torch.testing.assert_close(logits_of(loaded), logits_of(moved[0].roles.policy), rtol=0, atol=1e-5)
+    # What was written needs no option any more.
+    own = load_causal_lm(Base(name=str(tmp_path / "out")))
+    torch.testing.assert_close(logits_of(own), logits_of(moved[0].roles.policy), rtol=0, atol=1e-5)
+
+
+def test_chat_and_score_find_a_moved_base(
+    moved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import huggingface_hub
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w3 w4", "chosen": "w5", "rejected": "w6 w7"}\n' * 2)
+    commands = (
+        ["chat", "policy", "--sampling.max_new_tokens=4"],
+        ["score", "scorer", "rows.jsonl", "--to=scores.jsonl"],
+    )
+    for command in commands:
+        monkeypatch.setattr("sys.stdin", io.StringIO("w3\n"))
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert re.search(r"gone from where \S+/base\.json says it was .*\(export, chat and score: --base\)", err), err
+        monkeypatch.setattr("sys.stdin", io.StringIO("w3\n"))
+        assert main([*command, "--base=there"]) == 0
+        torch.set_grad_enabled(True)
+        assert capsys.readouterr().out.count("\n") == 1
+    with torch.no_grad():
+        chat = ChatFormat(moved[1].tokenizer)
+        sides = chat.answers(
+            [Message("user", "w3 w4")], [[Message("assistant", "w5")], [Message("assistant", "w6 w7")]]
+        )
+        rows = Sequences.pad([side.tokens for side in sides], [side.mask for side in sides])
+        expected = moved[1].scores(rows).tolist()
+    line = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[0])
+    assert [line["score_chosen"], line["score_rejected"]] == pytest.approx(expected, abs=1e-5)
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setattr(Hub, "asked", [], raising=False)
-    run = str(adapters / "lora")
-    with pytest.raises(UserError, match="no token"):
-        export(run, to=str(tmp_path / "out"), push_to_hub="me/mine")
-    assert not list(tmp_path.iterdir())
-    assert not Hub.asked
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
-    export(run, to=str(tmp_path / "out"), push_to_hub="me/mine")
-    assert Hub.asked[:2] == [("whoami",), ("create", "me/mine", True, True)]
-    names = Hub.asked[2][2]
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(names)
-    # A failed upload says where the folder is, which is whole.
-    monkeypatch.setattr(Hub, "broken", True)
-    with pytest.raises(UserError, match="the line went dead; the export is whole in"):
-        export(run, to=str(tmp_path / "again"), push_to_hub="me/mine")
-    assert (tmp_path / "again" / "README.md").is_file()
+
+# --- widths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_whole_model_is_exported_in_any_width(tmp_path: Path, stored: Any, dtype: Any) -> None:
+    base = tiny.save_model(tmp_path / "base")
+    module = trained_policy(Base(name=base, dtype=stored))
+    save_hf(module, tmp_path / "hf")
+    line = export(str(tmp_path), dtype=dtype, to=str(tmp_path / "out"))
+    assert f"the whole policy, {dtype}" in line
+    loaded = plain(tmp_path / "out", "AutoModelForCausalLM", None, dtype="auto")
+    width = getattr(torch, dtype)
+    assert {weight.dtype for weight in loaded.parameters()} == {width}
+    for (name, ours), theirs in zip(module.roles.policy.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours.to(width), theirs), name
+    off = float((logits_of(loaded) - logits_of(module.roles.policy)).abs().max())
+    if dtype == stored:
+        assert printed(line) == off == 0
+    else:
+        assert 0 < off < 0.5
+        assert off / 5 < printed(line) < 5 * off  # printed for other tokens than these
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)], ids=["whole", "merged"])
+def test_a_reward_models_head_keeps_its_width(llama: str, tmp_path: Path, lora: LoRA | None) -> None:
+    module = trained_scorer(Base(name=llama, lora=lora))
+    save_hf(module, tmp_path / "hf")
+    export(str(tmp_path), merge=lora is not None, dtype="bfloat16", to=str(tmp_path / "out"))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: weight.dtype for name, weight in weights.items() if weight.dtype != torch.bfloat16} == {
+        "score.weight": torch.float32
+    }
+    trained: Any = module.scorer
+    head = trained.score if lora is None else trained.get_base_model().score.modules_to_save["default"]
+    assert torch.equal(weights["score.weight"], head.weight)
+
+
+def test_float16_that_cannot_hold_a_weight_is_refused(tmp_path: Path) -> None:
+    base = tiny.save_model(tmp_path / "base")
+    module = trained_policy(Base(name=base))
+    module.roles.policy.model.norm.weight.data[3] = 70_000
+    save_hf(module, tmp_path / "hf")
+    with pytest.raises(UserError, match=r"--dtype float16: model\.norm\.weight reaches 7e\+04, .*use bfloat16"):
+        export(str(tmp_path), dtype="float16", to=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_float16_base_is_merged_in_float32(tmp_path: Path) -> None:
+    """The sum is made wide, and written as narrow as the base is."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.save_model(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(folder, dtype="float16").save_pretrained(folder)
+    module = trained_policy(Base(name=folder, lora=LoRA(rank=4)))
+    save_hf(module, tmp_path / "hf")
+    line = export(str(tmp_path), merge=True, to=str(tmp_path / "out"))
+    assert "full-precision base, float16" in line
+    merged = plain(tmp_path / "out", "AutoModelForCausalLM", None, dtype="auto")
+    whole = {name.replace(".base_layer", ""): w for name, w in module.roles.policy.get_base_model().named_parameters()}
+    layer = module.roles.policy.get_base_model().model.layers[0].mlp.up_proj
+    expected = (whole["model.layers.0.mlp.up_proj.weight"] + layer.get_delta_weight("default")).to(torch.float16)
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, expected)

@@ -210,6 +210,18 @@ def test_with_adapters_the_reference_is_the_bare_base(folders: dict[str, str]) -
     assert policy - reference == 2 * adapters * ROWS * LENGTH
 
 
+def test_of_a_module_that_an_adapter_trains_in_full_one_counts(folders: dict[str, str]) -> None:
+    """A pass costs the same with a copy in the place of a module, in either role."""
+    costs = []
+    for parts in (None, ["lm_head", "layers.0.mlp.up_proj", "norm"]):
+        lora = LoRA(rank=RANK, targets=["q_proj"], modules_to_save=parts)
+        module = build(DPO(Base(folders["llama"], lora=lora), DPOLoss(0.1)))
+        for role in ("policy", "reference"):
+            with module.roles.acting(role) as model, torch.no_grad():
+                costs.append(forward(model, rows()))
+    assert costs[:2] == costs[2:]
+
+
 def test_what_is_paused_or_outside_is_not_counted(folders: dict[str, str]) -> None:
     model = build(SFT(Base(folders["llama"]))).roles.policy
     with count_flops() as counted:

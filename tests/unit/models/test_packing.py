@@ -15,7 +15,8 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.loading import load_causal_lm, load_scorer
-from rlhf_lit.models.packing import Segments, attention, hidden_states, layout_of, sequence_states, without_sharing
+from rlhf_lit.models.packing import hidden_states, layout_of, sequence_states, without_sharing
+from rlhf_lit.models.segments import Segments, attention
 
 
 def pairs(prompts: list[int], chosen: list[int], rejected: list[int]) -> tuple[Sequences, Sequences]:

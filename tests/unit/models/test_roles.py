@@ -11,6 +11,7 @@ from rlhf_lit.algorithms import DPO, SFT, RewardModel
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.preference import DPOLoss
+from rlhf_lit.models.adapter_names import switched_modules
 from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.loading import load_causal_lm
@@ -43,7 +44,7 @@ def train(module: Algorithm, batch: object, steps: int = 3) -> None:
 
 
 def states(roles: Roles) -> list[tuple[bool, object]]:
-    switches = [(layer._disable_adapters, tuple(layer._active_adapter)) for layer in roles._tuner_layers()]
+    switches = [(layer._disable_adapters, tuple(layer._active_adapter)) for layer in switched_modules(roles.policy)]
     return [*switches, *((p.requires_grad, name) for name, p in roles.named_parameters())]
 
 

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 import rlhf_lit
+from rlhf_lit.data.chat import ChatFormat
+from rlhf_lit.data.records import Message
 from rlhf_lit.errors import UserError
 from rlhf_lit.playground import (
     World,
@@ -276,12 +278,11 @@ def test_the_chat_template_masks_the_answer_and_its_end(tokenizer) -> None:
     assert tokenizer.apply_chat_template(turn, tokenize=False) == "<bos>reverse lion.\nnoil<eos>"
     assert tokenizer.apply_chat_template(turn[:1], tokenize=False, add_generation_prompt=True) == "<bos>reverse lion.\n"
     assert tokenizer.apply_chat_template(turn[:1], tokenize=False) == "<bos>reverse lion."
-    both = tokenizer.apply_chat_template(
-        turn + turn, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, mask = both["input_ids"], both["assistant_masks"]
+    both = ChatFormat(tokenizer).demonstration([Message(**one) for one in turn + turn])
+    ids = both.tokens
+    assert ids == tokenizer.apply_chat_template(turn + turn)["input_ids"]
     answer = [*tokenizer("noil").input_ids, tokenizer.eos_token_id]
-    assert [i for i, m in zip(ids, mask, strict=True) if m] == answer + answer
+    assert [i for i, m in zip(ids, both.mask, strict=True) if m] == answer + answer
     assert ids.count(tokenizer.bos_token_id) == 1
     # The prompt's own tokens are a prefix of the whole, whatever the answer begins with.
     prompt = tokenizer.apply_chat_template(turn[:1], tokenize=True, add_generation_prompt=True)["input_ids"]

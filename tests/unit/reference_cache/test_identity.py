@@ -164,6 +164,25 @@ def changed(roles: Roles, change: Callable[[Any], None]) -> str:
     return of_role(roles, "policy")
 
 
+@pytest.mark.parametrize("part", ["norm", "lm_head", "embed_tokens"])
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_of_a_module_that_an_adapter_trains_in_full_the_one_in_force_counts(
+    tmp_path: Path, part: str, tied: bool
+) -> None:
+    """A resumed run's reference is the one it began with, wherever its policy's copies are by then."""
+    base = Base(tiny.save_model(tmp_path / "model", "qwen2", tie_word_embeddings=tied))
+    bare = digest_of(base)
+    roles = Roles(Base(base.name, lora=LoRA(rank=4, alpha=8.0, modules_to_save=[part])), reference=True)
+    before = of_role(roles, "policy")
+    assert of_role(roles, "reference") == bare
+    with torch.no_grad():
+        for name, weight in roles.policy.named_parameters():
+            if ".modules_to_save." in name:
+                weight.add_(0.1)
+    assert of_role(roles, "reference") == bare
+    assert of_role(roles, "policy") != before
+
+
 def test_each_part_of_an_adapter_counts(llama: str) -> None:
     def scaled(layer: Any) -> None:
         layer.scaling["default"] *= 2

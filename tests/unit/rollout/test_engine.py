@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import tiny
@@ -159,6 +160,7 @@ def test_rows_that_have_ended_are_dropped_and_no_sample_changes(
         with reads(model) as shapes:
             return sample(model, batch.prompts, keys(batch.index), settings, (tiny.EOS, 7, 8)), shapes
 
+    engine._company(model)  # tried out once for each model
     samples, shapes = answers()
     rows = [rows for rows, _ in shapes]
     assert rows == sorted(rows, reverse=True)
@@ -203,6 +205,7 @@ def test_a_prompt_with_several_samples_is_read_once(kind: str, tmp_path_factory:
     prompts = tiny.prompts(4).prompts
     many = prompts.select(torch.arange(4).repeat_interleave(3))
     settings = Sampling(max_new_tokens=6, rows_at_once=12)
+    engine._company(model)
     with reads(model) as shapes:
         samples = sample(model, many, keys(torch.arange(12)), settings, (tiny.EOS,))
     longest = int(prompts.lengths.max())
@@ -250,3 +253,52 @@ def test_filtered_samples_stay_in_the_filter(
 def test_filters_that_keep_nothing_are_refused(setting: str, bad: float) -> None:
     with pytest.raises(ValueError, match=rf"sampling\.{setting}"):
         Sampling(**{setting: bad})  # type: ignore[arg-type]
+
+
+MIXING = {
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64},
+    "deepseek_v4": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16,
+        "qk_rope_head_dim": 8, "q_lora_rank": 16, "o_lora_rank": 8, "o_groups": 2, "moe_intermediate_size": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "max_position_embeddings": 128,
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+        "index_head_dim": 8, "index_n_heads": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "company"), [("rwkv", "none"), ("deepseek_v4", "equal")])
+def test_rows_that_change_one_another_are_generated_apart(
+    kind: str, company: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RWKV's states mix the rows of a batch; DeepSeek-V4's compressed keys take in the padding."""
+    monkeypatch.setitem(tiny.SIZES, kind, MIXING[kind])
+    model = load_causal_lm(Base(name=tiny.save_model(tmp_path_factory.mktemp(kind), kind)))
+    before = torch.get_rng_state()
+    samples = draw(model, max_new_tokens=20)
+    assert torch.get_rng_state().equal(before)
+    assert vars(model)["company"] == company
+
+    def gap(samples: Samples) -> float:
+        with torch.no_grad():
+            return float((token_logprobs(model, samples.sequences) - samples.sampled_logprobs).abs().max())
+
+    assert gap(samples) < 2e-5
+    apart = [responses(draw(model, torch.tensor([row]), max_new_tokens=20))[0] for row in range(12)]
+    assert responses(samples) == apart
+    model.company = "any"
+    assert gap(draw(model, max_new_tokens=20)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, "float32") for kind in [*ATTENTION, "falcon_h1"]), ("llama", "bfloat16"), ("mistral", "bfloat16")],
+)
+def test_other_models_generate_any_rows_together(
+    kind: str, dtype: Any, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hybrid = {**tiny.SIZES["qwen2"], "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+    monkeypatch.setitem(tiny.SIZES, "falcon_h1", hybrid)
+    folder = tiny.save_model(tmp_path_factory.mktemp(kind), kind, **ATTENTION.get(kind, {}))
+    model = load_causal_lm(Base(name=folder, dtype=dtype))
+    assert engine._company(model) == "any"

@@ -1,0 +1,53 @@
+"""Whether what is sampled is drawn from the distribution that is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_lit.algorithms.on_policy import OnPolicy
+from rlhf_lit.batches import Sequences
+from rlhf_lit.models.anatomy import stop_ids
+from rlhf_lit.preflight.check import HALF_WIDTH, Check, tolerance_of
+from rlhf_lit.rollout.gap import measured_gap
+
+PROMPTS = 8
+
+
+def prompts_of(sequences: Sequences) -> Sequences:
+    """The prompts of the first few of some rows: all before a row's first masked token, and one token at least."""
+    first = sequences.mask.int().argmax(-1).clamp(min=1).tolist()[:PROMPTS]
+    rows = [tokens[:n] for tokens, n in zip(sequences.tokens.tolist(), first, strict=False)]
+    return Sequences.pad(rows, [[False] * len(row) for row in rows]).to(sequences.tokens.device)
+
+
+def sampler(module: Any, prompts: Sequences) -> Check:
+    """The sampler's log-probs = the training forward's, on short responses to prompts of different lengths.
+
+    A failure where the algorithm learns from what it samples; elsewhere a warning, as only samples, predictions and win
+    rates are wrong.
+
+    Args:
+        module: an algorithm that writes.
+        prompts: a few.
+    """
+    learns = isinstance(module, OnPolicy)
+    limit = limit_of(module)
+    gap = measured_gap(
+        module.engine, module.roles, prompts, module.sampling, stop_ids(module.tokenizer, module.roles.policy)
+    )
+    if gap is None:
+        return Check("sampler", "skipped", "no prompt leaves room for a response")
+    found = f"its log-probs and those of the training forward {gap:.1g} apart, {limit:g} allowed"
+    if gap <= limit:
+        return Check("sampler", "ok", found)
+    if learns:
+        advice = "its generation is broken (padding, cache or states), and no policy could learn from it: another model"
+        return Check("sampler", "failed", found, advice)
+    return Check("sampler", "warning", found, "what this model generates is not its own: trust no sample, no win rate")
+
+
+def limit_of(module: Any) -> float:
+    """How far the two may be apart, in nats per token: by the dtype of the policy, or of vLLM's weights."""
+    engine = getattr(module, "vllm", None)
+    narrow = engine is not None and engine.dtype != "float32"
+    return (HALF_WIDTH if narrow else tolerance_of(module.roles.policy)).sampled
