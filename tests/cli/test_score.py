@@ -189,9 +189,8 @@ def test_what_cannot_be_scored_ends_in_one_line(trained: Callable, run: Callable
     two = LlamaForSequenceClassification.from_pretrained("tiny", num_labels=2)
     two.save_pretrained("two")
     load_tokenizer(Base(name="tiny")).save_pretrained("two")
-    assert "'two' holds weights of other shapes than LlamaForSequenceClassification: score.weight of [2, 16]" in complaint(
-        run("score", "two", "p.jsonl")
-    )
+    said = complaint(run("score", "two", "p.jsonl"))
+    assert "'two' holds weights of other shapes than LlamaForSequenceClassification: score.weight of [2, 16]" in said
     assert "no known shape with answers" in complaint(run("score", folder, "prompts.jsonl"))
     assert "is the file that is to be scored" in complaint(run("score", folder, "p.jsonl", "--to=p.jsonl"))
     assert "--limit must be at least 1, not 0" in complaint(run("score", folder, "p.jsonl", "--limit=0"))
