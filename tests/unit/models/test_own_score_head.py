@@ -102,10 +102,12 @@ def test_heads_are_as_wide_as_the_states_they_read(trunk: bool, lora: LoRA | Non
     assert unwrapped(reward.scorer).score.weight.shape == (1, 32)
 
 
-def test_a_narrow_reward_model_starts_a_critic(tmp_path: Path) -> None:
-    folder = tiny.save_model(tmp_path / "base", "opt", word_embed_proj_dim=16)
-    module = tiny.build(RewardModel(Base(folder)))
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_a_narrow_reward_model_starts_a_critic(lora: LoRA | None, tmp_path: Path) -> None:
+    """As a model of its own, and as an adapter on the policy's base."""
+    base = Base(tiny.save_model(tmp_path / "base", "opt", word_embed_proj_dim=16), lora=lora)
+    module = tiny.build(RewardModel(base))
     save_hf(module, tmp_path / "hf")
-    ppo = tiny.make_ppo(Base(folder), reward=RewardFromModel(str(tmp_path / "hf")), critic=Critic(init="reward"))
+    ppo = tiny.make_ppo(base, reward=RewardFromModel(str(tmp_path / "hf")), critic=Critic(init="reward"))
     assert torch.equal(ppo.roles.heads["value"].weight, unwrapped(module.scorer).score.weight)
     assert ppo.rollout(tiny.prompts(), 0).columns()
