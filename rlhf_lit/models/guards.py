@@ -57,7 +57,7 @@ def check_scorer(model: Any) -> None:
     elsewhere.
 
     Args:
-        model: a sequence classifier, its head in the width of its body.
+        model: a sequence classifier, its head in float32.
 
     Raises:
         UserError: it does not, or a token sees those after it.
@@ -67,10 +67,16 @@ def check_scorer(model: Any) -> None:
     _require_causal(name, states)
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     row = next(i for i, tokens in enumerate(TOKENS) if tokens[-1] != pad)
-    own = model(input_ids=torch.tensor(TOKENS[row : row + 1], device=device), use_cache=False).logits
-    last = states[row, -1:]
-    size = (last.abs().float() @ model.score.weight.abs().float().T).max()  # of the products, which may cancel
-    if not _agree(own[0], apply_head(model.score, last), size):
+    last, head = states[row, -1:], model.score
+    whole = {key: value.clone() for key, value in head.state_dict().items()}
+    head.to(states.dtype)  # the model's own forward pass casts nothing
+    try:
+        own = model(input_ids=torch.tensor(TOKENS[row : row + 1], device=device), use_cache=False).logits
+        ours = apply_head(head, last)
+        size = (last.abs().float() @ head.weight.abs().float().T).max()  # of the products, which may cancel
+    finally:
+        head.float().load_state_dict(whole)
+    if not _agree(own[0], ours, size):
         raise UserError(f"base.name: {name} does not read its score at the last token by its `score` head alone")
 
 

@@ -7,6 +7,7 @@ folder (what a LoRA run exports) is loaded as its base with the adapter continue
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from rlhf_lit.models.foundation import Foundation, fingerprint
 from rlhf_lit.models.guards import check_language_model, check_scorer
 from rlhf_lit.models.packing import prove_packing
 from rlhf_lit.models.quantization import Quantization, keep_4bit_layout, note_what_stays_wide, quantization_config
-from rlhf_lit.models.scorers import know_score_class, prepare_score_head, stored_bias
+from rlhf_lit.models.scorers import know_score_class, prepare_score_head, reading_heads_whole, stored_bias
 from rlhf_lit.models.weights import whole_model
 from rlhf_lit.runs import resolve_model
 
@@ -104,7 +105,6 @@ def _load(base: Base, scorer: bool, frozen: bool = False) -> nn.Module:
     if scorer:
         prepare_score_head(model.eval(), new=new_head)
         check_scorer(model)
-        model.score.float()
     if base.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if base.lora or adapter_folder:
@@ -169,10 +169,12 @@ def _plain_model(base: Base, scorer: bool) -> tuple[Any, bool]:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.name: {base.folder!r} could not be loaded: {first_line(error)}") from None
     settings["dtype"] = dtype
-    if not base.quantization:
-        return whole_model(auto, base.folder, settings, scorer)
-    settings["quantization_config"] = quantization_config(base.quantization)
-    with quantizing_experts():
+    if base.quantization:
+        settings["quantization_config"] = quantization_config(base.quantization)
+    with (
+        quantizing_experts() if base.quantization else nullcontext(),
+        reading_heads_whole(config) if scorer else nullcontext(),
+    ):
         return whole_model(auto, base.folder, settings, scorer)
 
 

@@ -307,7 +307,7 @@ class Roles(nn.Module):
         if f"{SCORE}weight" not in weights:
             raise UserError(f"{field}: {folder} holds a language model's adapter, no reward model's")
         score = weights.pop(f"{SCORE}weight")
-        head = scalar_head(unwrapped(self.policy).config.get_text_config().hidden_size)
+        head = scalar_head(states_width(self.policy))
         if score.shape != head.weight.shape:
             raise UserError(f"{field}: the score head in {folder} is of shape {list(score.shape)}, not one score's")
         config.task_type, config.inference_mode = "CAUSAL_LM", not trainable

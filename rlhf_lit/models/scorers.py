@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +39,9 @@ def require_score_head(model: Any) -> None:
 
 
 def prepare_score_head(model: Any, new: bool) -> None:
-    """The `score` head, drawn anew unless it came with the weights; ``model.new_head`` tells which."""
+    """The `score` head in float32, drawn anew unless it came with the weights; ``model.new_head`` tells which."""
     require_score_head(model)
-    head = model.score
+    head = model.score.float()
     model.new_head = new
     if new:
         width = head.weight.shape[1]
@@ -65,6 +67,34 @@ def know_score_class(config: Any) -> None:
     if type(config) in AutoModelForCausalLM._model_mapping:
         ours = _score_class(AutoModelForCausalLM._model_mapping[type(config)], config)
         known.register(type(config), ours, exist_ok=True)
+
+
+@contextmanager
+def reading_heads_whole(config: Any) -> Iterator[None]:
+    """transformers reads the `score` heads of a config's class in float32, whatever width the body is asked for in: a
+    head is saved in float32, and half of its digits would be lost.
+
+    Args:
+        config: of a sequence classifier's family, known to transformers' auto class; other classes are left alone.
+    """
+    from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+    known = AutoModelForSequenceClassification._model_mapping
+    kind: Any = known.get(type(config), None)
+    ours_to_tell = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    if not ours_to_tell:
+        yield
+        return
+    inherited = kind._keep_in_fp32_modules_strict
+    own = "_keep_in_fp32_modules_strict" in vars(kind)
+    kind._keep_in_fp32_modules_strict = {*(inherited or ()), "score"}
+    try:
+        yield
+    finally:
+        if own:
+            kind._keep_in_fp32_modules_strict = inherited
+        else:
+            del kind._keep_in_fp32_modules_strict
 
 
 def _score_class(language_model: Any, config: Any) -> Any:

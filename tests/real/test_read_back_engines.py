@@ -71,6 +71,11 @@ class Trained:
     module: SFT
     answers: list[Answered]
 
+    @property
+    def row(self) -> list[int]:
+        """The last conversation, with its answer."""
+        return self.answers[-1].prompt + self.answers[-1].tokens
+
 
 def answers_of(module: SFT) -> list[Answered]:
     """Greedy answers by the sampler of our rollouts."""
@@ -127,17 +132,36 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(place / "merged", module, answers)
 
 
+def read(program: str, python: Path, model: Path, trained: Trained, scratch: Path) -> dict[str, Any]:
+    """What a reader makes of the conversations, and of the last one with our answer."""
+    request = {"conversations": CONVERSATIONS, "tokens": TOKENS, "row": trained.row}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    run([python, READERS / program, model, scratch / "answers.json"], scratch, json.dumps(request), **settings)
+    found: dict[str, Any] = json.loads((scratch / "answers.json").read_text())
+    return found
+
+
+def off_by(logprobs: list[float], trained: Trained) -> float:
+    """The largest difference of a log-prob of that row's tokens to ours. Frequencies of a tenth in the rotary embedding
+    leave all three answers as they are, and move one of these by 0.5."""
+    row = trained.row
+    with torch.no_grad():
+        logits = trained.module.trained_model(input_ids=torch.tensor([row])).logits[0, :-1]
+    ours = logits.log_softmax(-1)[torch.arange(len(row) - 1), row[1:]]
+    return float((torch.tensor(logprobs) - ours).abs().max())
+
+
 @needs_vllm
 def test_vllm(trained: Trained, tmp_path: Path) -> None:
     """vLLM applies the chat template, decodes greedily and stops by itself: token for token what we sample."""
-    argv = [VLLM / "bin" / "python", READERS / "with_vllm.py", trained.merged, TOKENS, tmp_path / "answers.json"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    run(argv, tmp_path, json.dumps(CONVERSATIONS), **settings)
-    found = [Answered(**row) for row in json.loads((tmp_path / "answers.json").read_text())]
-    assert found == trained.answers
+    found = read("with_vllm.py", VLLM / "bin" / "python", trained.merged, trained, tmp_path)
+    assert [Answered(**row) for row in found["rows"]] == trained.answers
+    off = off_by(found["logprobs"], trained)
+    print(f"largest difference of a log-prob in vLLM: {off:.2g}")
+    assert off < 2e-4
 
 
-# Of the log-probs of a row's tokens, by the width of the GGUF's weights.
+# The tolerance is of log-probs, by the width of the GGUF's weights.
 @needs_llama
 @pytest.mark.parametrize(("width", "tolerance"), [("f32", 2e-4), ("f16", 3e-2)])
 def test_llama_cpp(trained: Trained, tmp_path: Path, width: str, tolerance: float) -> None:
@@ -145,17 +169,11 @@ def test_llama_cpp(trained: Trained, tmp_path: Path, width: str, tolerance: floa
     python, file = LLAMA / "bin" / "python", tmp_path / "model.gguf"
     converter = LLAMA / "llama.cpp" / "convert_hf_to_gguf.py"
     run([python, converter, trained.merged, "--outfile", file, "--outtype", width], tmp_path, HF_HUB_OFFLINE="1")
-    row = trained.answers[-1].prompt + trained.answers[-1].tokens
-    request = {"conversations": CONVERSATIONS, "tokens": TOKENS, "row": row}
-    run([python, READERS / "with_llama_cpp.py", file, tmp_path / "answers.json"], tmp_path, json.dumps(request))
-    found: dict[str, Any] = json.loads((tmp_path / "answers.json").read_text())
+    found = read("with_llama_cpp.py", python, file, trained, tmp_path)
     for theirs, ours in zip(found["rows"], trained.answers, strict=True):
         assert theirs["prompt"] == ours.prompt
         assert theirs["read"] == len(ours.prompt), "no second BOS"
         assert (theirs["text"], theirs["ended"]) == (ours.text, ours.ended)
-    with torch.no_grad():
-        logits = trained.module.trained_model(input_ids=torch.tensor([row])).logits[0, :-1]
-    ours = logits.log_softmax(-1)[torch.arange(len(row) - 1), row[1:]]
-    off = float((torch.tensor(found["logprobs"]) - ours).abs().max())
+    off = off_by(found["logprobs"], trained)
     print(f"largest difference of a log-prob in {width}: {off:.2g}")
     assert off < tolerance

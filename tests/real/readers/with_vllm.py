@@ -1,4 +1,5 @@
-"""A folder's greedy answers, by vLLM: conversations as JSON on standard input, answers as JSON in the file named last.
+"""A folder's greedy answers, and log-probs of one row, by vLLM: a request as JSON on standard input, results as JSON in
+the file named last.
 
 Runs in an environment that holds vLLM and not this package.
 """
@@ -11,9 +12,11 @@ from vllm import LLM, SamplingParams
 
 
 def main() -> None:
-    folder, tokens, answers = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    folder, answers = sys.argv[1], Path(sys.argv[2])
+    request = json.load(sys.stdin)
     model = LLM(folder, dtype="float32", max_model_len=256, enforce_eager=True)
-    found = model.chat(json.load(sys.stdin), SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False)
+    settings = SamplingParams(temperature=0, max_tokens=request["tokens"])
+    found = model.chat(request["conversations"], settings, use_tqdm=False)
     rows = [
         {
             "prompt": list(row.prompt_token_ids),
@@ -23,7 +26,11 @@ def main() -> None:
         }
         for row in found
     ]
-    answers.write_text(json.dumps(rows))
+    read = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    [row] = model.generate([{"prompt_token_ids": request["row"]}], read, use_tqdm=False)
+    # The first token has none.
+    picked = [place[token].logprob for place, token in zip(row.prompt_logprobs[1:], request["row"][1:], strict=True)]
+    answers.write_text(json.dumps({"rows": rows, "logprobs": picked}))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,24 @@ def test_saved_and_loaded_the_scores_are_equal(kind: str, lora: LoRA | None, tmp
     assert unwrapped(loaded).new_head is False
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "granite"])
+def test_a_head_keeps_its_digits_on_a_body_in_16_bits(kind: str, tmp_path: Path) -> None:
+    base = Base(tiny.save_model(tmp_path / "base", kind), dtype="bfloat16")
+    module = tiny.build(RewardModel(base))
+    tiny.disturb(module, 0.02)
+    save_hf(module, tmp_path / "hf")
+    head = unwrapped(module.scorer).score.weight
+    assert head.dtype == torch.float32
+    assert not torch.equal(head, head.bfloat16().float())
+    loaded = unwrapped(load_scorer(Base(str(tmp_path / "hf"), dtype="bfloat16"), trained=True))
+    assert torch.equal(loaded.score.weight, head)
+    assert (
+        next(loaded.model.parameters() if kind != "gpt2" else loaded.transformer.parameters()).dtype == torch.bfloat16
+    )
+    classes = type(loaded).__mro__
+    assert all("score" not in (getattr(kind, "_keep_in_fp32_modules_strict", None) or ()) for kind in classes)
+
+
 @pytest.mark.parametrize("kind", ["granite", "mamba2", pytest.param("llama4_text", marks=pytest.mark.soak)])
 def test_the_page_says_how_to_read_it_elsewhere(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lines know nothing of this package."""
@@ -84,10 +102,12 @@ def test_heads_are_as_wide_as_the_states_they_read(trunk: bool, lora: LoRA | Non
     assert unwrapped(reward.scorer).score.weight.shape == (1, 32)
 
 
-def test_a_narrow_reward_model_starts_a_critic(tmp_path: Path) -> None:
-    folder = tiny.save_model(tmp_path / "base", "opt", word_embed_proj_dim=16)
-    module = tiny.build(RewardModel(Base(folder)))
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_a_narrow_reward_model_starts_a_critic(lora: LoRA | None, tmp_path: Path) -> None:
+    """As a model of its own, and as an adapter on the policy's base."""
+    base = Base(tiny.save_model(tmp_path / "base", "opt", word_embed_proj_dim=16), lora=lora)
+    module = tiny.build(RewardModel(base))
     save_hf(module, tmp_path / "hf")
-    ppo = tiny.make_ppo(Base(folder), reward=RewardFromModel(str(tmp_path / "hf")), critic=Critic(init="reward"))
+    ppo = tiny.make_ppo(base, reward=RewardFromModel(str(tmp_path / "hf")), critic=Critic(init="reward"))
     assert torch.equal(ppo.roles.heads["value"].weight, unwrapped(module.scorer).score.weight)
     assert ppo.rollout(tiny.prompts(), 0).columns()
