@@ -274,12 +274,24 @@ def _generate(
 
 
 def _filled(output: Any) -> Any:
-    """The key-value cache that a call of generate left; None of a model that has none, and reads everything again."""
+    """The key-value cache that a call of generate left; None of a model that has none, and reads everything again. So
+    does one that keeps the states of some layers elsewhere (RecurrentGemma, MiniMax), where rows that are dropped would
+    stay."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     cache = getattr(output, "past_key_values", None)
     layers = cache.layers if isinstance(cache, Cache) else []
-    return cache if any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() for layer in layers) else None
+    attends = any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() for layer in layers)
+    return cache if attends and all(_holds(layer) for layer in layers) else None
+
+
+def _holds(layer: Any) -> bool:
+    """Whether a cache has anything of a layer."""
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return any((*layer.is_conv_states_initialized.values(), *layer.is_recurrent_states_initialized.values()))
+    return bool(layer.get_seq_length())
 
 
 def _stops(tokens: Tensor, stop_ids: tuple[int, ...]) -> Tensor:

@@ -302,3 +302,16 @@ def test_other_models_generate_any_rows_together(
     folder = tiny.save_model(tmp_path_factory.mktemp(kind), kind, **ATTENTION.get(kind, {}))
     model = load_causal_lm(Base(name=folder, dtype=dtype))
     assert engine._company(model) == "any"
+
+
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "falcon_h1"])
+def test_rows_that_have_ended_take_no_state_with_them(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """RecurrentGemma keeps states on its layers and not in the cache, which gives up the rows that are dropped."""
+    model = load_causal_lm(Base(name=tiny.save_model(tmp_path_factory.mktemp(kind), kind, spread=0.3)))
+    prompts = Sequences.pad([[1, 9, 7, 5 + i] for i in range(6)], [[False] * 4] * 6)
+    samples = sample(model, prompts, keys(torch.arange(6)), Sampling(max_new_tokens=16), (tiny.EOS, 5, 6, 7, 8, 9))
+    ends = sorted(samples.sequences.lengths.tolist())
+    assert ends[2] < ends[-1] - 3, "half of them end before the others"
+    with torch.no_grad():
+        scored = token_logprobs(model, samples.sequences)
+    torch.testing.assert_close(samples.sampled_logprobs, scored, rtol=0, atol=1e-5)
