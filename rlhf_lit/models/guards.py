@@ -33,7 +33,7 @@ def check_language_model(model: nn.Module) -> None:
     name, head = type(inner).__name__, inner.get_output_embeddings()
     if head is None:
         raise UserError(f"base.name: {name} has no LM head; a decoder-only language model is needed")
-    tokens = torch.tensor(TOKENS, device=next(model.parameters()).device)
+    tokens = _tokens(inner)
 
     def own() -> Tensor:
         return inner(input_ids=tokens, use_cache=False).logits
@@ -62,22 +62,28 @@ def check_scorer(model: Any) -> None:
     Raises:
         UserError: it does not, or a token sees those after it.
     """
-    name, device = type(model).__name__, next(model.parameters()).device
-    states = hidden_states(model, torch.tensor(TOKENS, device=device))
+    name, tokens = type(model).__name__, _tokens(model)
+    states = hidden_states(model, tokens)
     _require_causal(name, states)
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    row = next(i for i, tokens in enumerate(TOKENS) if tokens[-1] != pad)
+    row = next(i for i, last in enumerate(tokens[:, -1].tolist()) if last != pad)
     last, head = states[row, -1:], model.score
     whole = {key: value.clone() for key, value in head.state_dict().items()}
     head.to(states.dtype)  # the model's own forward pass casts nothing
     try:
-        own = model(input_ids=torch.tensor(TOKENS[row : row + 1], device=device), use_cache=False).logits
+        own = model(input_ids=tokens[row : row + 1], use_cache=False).logits
         ours = apply_head(head, last)
         size = (last.abs().float() @ head.weight.abs().float().T).max()  # of the products, which may cancel
     finally:
         head.float().load_state_dict(whole)
     if not _agree(own[0], ours, size):
         raise UserError(f"base.name: {name} does not read its score at the last token by its `score` head alone")
+
+
+def _tokens(inner: Any) -> Tensor:
+    """[2, 3] tokens that differ in the last alone, of a vocabulary of any size."""
+    embeddings = inner.get_input_embeddings().weight
+    return torch.tensor(TOKENS, device=embeddings.device) % len(embeddings)
 
 
 def _require_causal(name: str, of_tokens: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.models.anatomy import attends_to_everything, unwrapped
+from rlhf_lit.models.anatomy import attends_to_everything, context_length, unwrapped
 from rlhf_lit.models.rope import first_context
 from rlhf_lit.randomness import gumbel_noise
 
@@ -176,46 +177,52 @@ def _company(inner: Any) -> Company:
     """In what company a row is generated as it is alone: tried out once, and remembered on the model.
 
     transformers' states of RWKV mix the rows of a batch, and other states or compressed keys may take in the padding
-    that an attention mask hides. A short prompt is continued by the same three tokens alone, beside another of its
+    that an attention mask hides. A short prompt is continued by the same tokens alone, beside another of its
     length, and padded beside a longer one. What it says must be the same, far nearer than where the padding is to be
     seen.
     """
     from transformers.cache_utils import DynamicCache
 
     if not hasattr(inner, "company"):
-        prompt, other, longer = [3, 5, 4, 7], [9, 4, 6, 8], [3, *([8, 6, 9, 3] * 4)]
-        padded = [longer[:13] + prompt, longer]  # an odd number of pads: keys may be compressed in groups of 2, 4, …
-        alone = _continued(inner, [prompt], 4)
+        # An odd number of pads: keys may be compressed in groups of 2, 4, …
+        prompt, other, longer, new = [3, 5, 4, 7], [9, 4, 6, 8], [3, *([8, 6, 9, 3] * 4)], 3
+        if (context_length(inner) or sys.maxsize) < len(longer) + new:
+            prompt, other, longer, new = [3], [4], [3, 8], 1
+        padded = [longer[: -len(prompt)] + prompt, longer]
+        alone = _continued(inner, [prompt], len(prompt), new)
         narrow = any(weight.dtype not in (torch.float32, torch.float64) for weight in inner.parameters())
         rounding, most = (torch.finfo(torch.bfloat16).eps, 0.1) if narrow else (torch.finfo(torch.float32).eps, 1e-3)
 
         def distance(found: Tensor) -> float:
             return float((found - alone).abs().mean() / alone.std())
 
-        limit = min(most, 0.1 * distance(_continued(inner, padded, 17)) + 16 * rounding)
+        limit = min(most, 0.1 * distance(_continued(inner, padded, len(longer), new)) + 16 * rounding)
         ways: list[tuple[Company, list[list[int]]]] = [("any", padded), ("equal", [prompt, other])]
         if any(type(layer).__module__ != DynamicCache.__module__ for layer in DynamicCache(config=inner.config).layers):
             del ways[0]  # a cache of its own may compress more tokens than are tried
-        fine = (way for way, rows in ways if distance(_continued(inner, rows, 4)) <= limit)
+        fine = (way for way, rows in ways if distance(_continued(inner, rows, len(prompt), new)) <= limit)
         inner.company = next(fine, "none")
     return cast("Company", inner.company)
 
 
-def _continued(inner: Any, rows: list[list[int]], read: int) -> Tensor:
-    """[3, vocabulary] log-probs, as the first of some rows is continued by three tokens that are given.
+def _continued(inner: Any, rows: list[list[int]], read: int, new: int) -> Tensor:
+    """[new, vocabulary] log-probs, as the first of some rows is continued by tokens that are given.
 
     Args:
-        rows: token ids, all of one length.
+        rows: token ids, all of one length; of a small vocabulary the remainders.
         read: the last so many tokens of the first row are not hidden.
+        new: how many tokens are given.
     """
+    embeddings = inner.get_input_embeddings().weight
+    given = torch.tensor([min(5, len(embeddings) - 1)], device=embeddings.device)
 
     def forced(input_ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor([5], device=scores.device), 0.0)
+        return torch.full_like(scores, -torch.inf).index_fill(-1, given.to(scores.device), 0.0)
 
-    ids = torch.tensor(rows, device=inner.get_input_embeddings().weight.device)
+    ids = torch.tensor(rows, device=embeddings.device) % len(embeddings)
     attention = torch.ones_like(ids)
     attention[0, :-read] = 0
-    settings = _stop_at((0,), 3)
+    settings = _stop_at((0,), new)
     settings.output_logits = True
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), _generating(inner):
         output = inner.generate(

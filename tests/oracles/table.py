@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 
 
 class TableConfig(PreTrainedConfig):
@@ -122,13 +122,16 @@ class TableForCausalLM(TablePreTrainedModel, GenerationMixin):
 
 
 class TableForSequenceClassification(TablePreTrainedModel):
-    """A table of scores, [prefixes]; the package applies the head itself."""
+    """A table of scores, [prefixes], read at the last of a row's tokens."""
 
     def __init__(self, config: TableConfig) -> None:
         super().__init__(config)
         self.prefixes = TableModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.score(self.prefixes(input_ids).last_hidden_state[:, -1]))
 
 
 AutoConfig.register("table", TableConfig)
