@@ -123,6 +123,10 @@ def with_adapter(model: Any, base: Base, adapter_folder: str | None, weights_fol
         config.modules_to_save = [*(config.modules_to_save or []), "score"]
     config.base_model_name_or_path = weights_folder
     parts = parts_of(model)
+    for name, weight in model.named_parameters():
+        path = name.rpartition(".")[0]
+        if hasattr(weight, "quant_state") and any(path.endswith(part) for part in config.modules_to_save or ()):
+            raise UserError(f"{names}: modules_to_save names {path}, which is in 4 bits, and those do not train")
     try:
         wrapped = get_peft_model(model, config)
     except (ValueError, TypeError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from rlhf_lit.models.base import Base, LoRA
 from rlhf_lit.models.loading import load_causal_lm, load_scorer
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.merging import merged_weights
+from rlhf_lit.models.quantization import Quantization
 from rlhf_lit.models.roles import Role, Roles
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.preflight.models import trainable_parameters
@@ -343,6 +344,19 @@ def test_what_does_not_work_is_refused_by_name(qwen: str, tmp_path: Path, kind: 
 def test_our_own_settings_are_held_to_the_same(qwen: str, lora: LoRA, reason: str) -> None:
     with pytest.raises(UserError, match=rf"base\.lora: .*({reason})"):
         load_causal_lm(Base(qwen, lora=lora))
+
+
+def test_on_a_4_bit_base_what_is_not_in_4_bits_trains_in_full(qwen: str, tmp_path: Path) -> None:
+    four = Quantization(compute_dtype="float32")
+    with pytest.raises(UserError, match=r"base\.lora: modules_to_save names .*q_proj, which is in 4 bits"):
+        load_causal_lm(Base(qwen, lora=LoRA(targets=["v_proj"], modules_to_save=["q_proj"]), quantization=four))
+    lora = LoRA(rank=4, modules_to_save=["lm_head", "norm"])
+    module = tiny.build(DPO(Base(qwen, lora=lora, quantization=four), DPOLoss(beta=0.1)))
+    start = acting(module.roles, "policy")
+    moved(module.roles.policy)
+    assert acting(module.roles, "reference").equal(start)
+    save_hf(module, tmp_path / "hf")
+    assert logprobs(load_causal_lm(Base(str(tmp_path / "hf")))).equal(acting(module.roles, "policy"))
 
 
 def test_other_modules_than_the_folders_are_refused(qwen: str, tmp_path: Path) -> None:
