@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import TextIO
 
 
@@ -30,6 +31,13 @@ def say(line: str, every_rank: bool = False) -> None:
     ranks = sys.modules.get("lightning.fabric.utilities.rank_zero")
     if every_rank or ranks is None or not ranks.rank_zero_only.rank:
         print(line, file=sys.stderr, flush=True)
+
+
+def and_more(items: Iterable[str], shown: int = 1) -> str:
+    """The first of some names, in their order, and how many more there are."""
+    names = list(items)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def first_line(reason: object) -> str:

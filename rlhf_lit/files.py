@@ -93,6 +93,12 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False, default=plain) + "\n" for row in rows)
 
 
+def write_json(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write settings as transformers writes its own: sorted, and indented by two."""
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
 def load_yaml(text: str, name: str) -> Any:
     """What a YAML text holds.
 

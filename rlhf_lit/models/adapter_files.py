@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lit.errors import UserError, first_line
+from rlhf_lit.errors import UserError, and_more, first_line
 from rlhf_lit.models.adapter_names import adapter_of, copied_modules, plain_name
 
 PREFIX = "base_model.model."  # before every key of an adapter's file
@@ -208,8 +208,8 @@ def put_weights(wrapped: Any, weights: dict[str, Tensor], adapter: str, where: s
     found = convert_peft_adapter_state_dict_for_transformers(wrapped, config, weights, adapter)
     if missing := sorted(own.keys() - found.keys()):
         raise UserError(
-            f"{field}: {where} lacks {_first(missing)} of {len(own)} tensors that its configuration declares: it is "
-            "not whole, or of another model"
+            f"{field}: {where} lacks {and_more(missing, 3)} of {len(own)} tensors that its configuration declares: it "
+            "is not whole, or of another model"
         )
     for key in sorted(own.keys() & found.keys()):
         if own[key].shape != found[key].shape:
@@ -229,7 +229,7 @@ def _require_base(wrapped: Any, extra: dict[str, Tensor], where: str, field: str
     unknown = [key for key in extra if plain_name(key) not in base]
     if unknown:
         raise UserError(
-            f"{field}: {where} holds {_first(unknown)}, which this model with its configuration has no use for"
+            f"{field}: {where} holds {and_more(unknown, 3)}, which this model with its configuration has no use for"
         )
     for key, weight in extra.items():
         own = base[plain_name(key)]
@@ -243,9 +243,3 @@ def _require_base(wrapped: Any, extra: dict[str, Tensor], where: str, field: str
                 f"{field}: {where} holds {key}, a weight of the base, and not as it is in the base; merge the adapter "
                 "with the tool that made it, and give the whole model"
             )
-
-
-def _first(keys: list[str]) -> str:
-    """The first few of some keys."""
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"{', '.join(keys[:3])}{more}"

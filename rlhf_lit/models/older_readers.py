@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from rlhf_lit.errors import say
+from rlhf_lit.files import write_json
 from rlhf_lit.models.anatomy import unwrapped
 
 # Where frequencies differ by kind of layer: the older name of each kind's base.
@@ -53,7 +54,7 @@ def write_for_older_readers(model: nn.Module, tokenizer: Any, folder: Path) -> N
     if (folder / "config.json").is_file():
         _complete_config(type(unwrapped(model).config), folder / "config.json")
     if (file := folder / "tokenizer_config.json").is_file():
-        _write(file, _older_tokenizer(json.loads(file.read_text(encoding="utf-8")), tokenizer))
+        write_json(file, _older_tokenizer(json.loads(file.read_text(encoding="utf-8")), tokenizer))
 
 
 class Inexpressible(ValueError):
@@ -67,13 +68,13 @@ def _complete_config(kind: Any, file: Path) -> None:
         completed = _older_config(settings)
         with TemporaryDirectory() as place:
             trial = Path(place) / file.name
-            _write(trial, completed)
+            write_json(trial, completed)
             if _as_read(kind, trial, settings) != _as_read(kind, file, settings):
                 raise Inexpressible("transformers 5 would read the older names as another model")
     except Inexpressible as reason:
         say(f"note: {file}: do not load it in transformers 4, which takes default rotary frequencies for it: {reason}")
     else:
-        _write(file, completed)
+        write_json(file, completed)
 
 
 def _as_read(kind: Any, file: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -162,7 +163,3 @@ def _older_tokenizer(settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]
         if "add_prefix_space" in state:
             older["add_prefix_space"] = state["add_prefix_space"]
     return older
-
-
-def _write(file: Path, settings: dict[str, Any]) -> None:
-    file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

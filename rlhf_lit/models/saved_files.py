@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rlhf_lit.files import write_json
+
 # What transformers keeps of its own loading in the tokenizer's and the model's configuration.
 LOADING = (
     "is_local", "local_files_only", "name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file",
@@ -27,8 +29,7 @@ def forget_loading(folder: Path) -> None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kept = {key: value for key, value in settings.items() if key not in LOADING}
         if len(kept) < len(settings):
-            text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-            file.write_text(text, encoding="utf-8")
+            write_json(file, kept)
 
 
 def copy_vocabularies(tokenizer: Any, folder: Path) -> None:

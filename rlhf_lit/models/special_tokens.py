@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from rlhf_lit.files import write_json
 from rlhf_lit.models.anatomy import stop_ids, unwrapped
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -35,8 +36,7 @@ def write_special_tokens(model: nn.Module, tokenizer: Any, folder: Path) -> None
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         for part in _language_parts(settings):
             _name_tokens(part, tokenizer, stops)
-        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        write_json(folder / CONFIG, settings)
     if getattr(unwrapped(model), "generation_config", None) is not None:
         _generation_config(unwrapped(model).generation_config, tokenizer, stops).save_pretrained(folder)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from rlhf_lit.errors import UserError, first_line
+from rlhf_lit.errors import UserError, and_more, first_line
 from rlhf_lit.models.scorers import require_score_head
 
 # Keys that a message names; of a large model hundreds may be missing.
@@ -57,27 +56,22 @@ def whole_model(auto: Any, folder: str, options: dict[str, Any], scorer: bool) -
     missing, unknown = set(found["missing_keys"]), set(found["unexpected_keys"])
     head = {key for key in missing if scorer and key.startswith("score.")}
     if missing - head:
-        raise UserError(f"base.name: {folder!r} is no whole {_kind(scorer)}, it lacks {_names(missing - head)}")
+        raise UserError(
+            f"base.name: {folder!r} is no whole {_kind(scorer)}, it lacks {and_more(sorted(missing - head), NAMED)}"
+        )
     if unknown and scorer:
         unknown -= _language_model_heads(model)
     if unknown:
         reward = "; it is a reward model" if not scorer and any(key.startswith("score.") for key in unknown) else ""
         raise UserError(
-            f"base.name: {folder!r} holds weights that {name} has no place for: {_names(unknown)}{reward}; name a "
-            "model of that kind, or save it without them"
+            f"base.name: {folder!r} holds weights that {name} has no place for: "
+            f"{and_more(sorted(unknown), NAMED)}{reward}; name a model of that kind, or save it without them"
         )
     return model, bool(head)
 
 
 def _kind(scorer: bool) -> str:
     return "model" if scorer else "language model"
-
-
-def _names(keys: Iterable[str]) -> str:
-    """Some of the keys, and how many more there are."""
-    names = sorted(keys)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _language_model_heads(scorer: Any) -> set[str]:

@@ -89,7 +89,3 @@ def show(found: Sequence[Check], seconds: float) -> None:
 
 def count(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 's'}"
-
-
-def and_more(items: Sequence[str]) -> str:
-    return items[0] + (f" and {len(items) - 1} more" if len(items) > 1 else "")

@@ -16,6 +16,7 @@ from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.batches import Batch, Sequences
 from rlhf_lit.batches.micro_batches import cut_by_tokens
+from rlhf_lit.errors import and_more
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.anatomy import context_length, unwrapped
 from rlhf_lit.models.logprobs import token_logprobs
@@ -23,7 +24,7 @@ from rlhf_lit.models.packing import layout_of
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.score_pass import Comparison
 from rlhf_lit.parallel.sharding import sharding_of
-from rlhf_lit.preflight.check import Check, and_more, judge, tolerance_of
+from rlhf_lit.preflight.check import Check, judge, tolerance_of
 
 EXTRA_COLUMNS = 8  # padding added to see whether it changes anything
 

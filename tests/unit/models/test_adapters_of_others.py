@@ -106,19 +106,25 @@ def test_they_are_loaded_trained_saved_and_read_by_peft_again(base: str, tmp_pat
     assert logprobs(plain).equal(trained)
 
 
-@pytest.mark.parametrize("parts", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]], ids=" ".join)
-def test_tied_copies_stay_tied_where_peft_ties_them(tmp_path: Path, parts: list[str]) -> None:
-    base = tiny.save_model(tmp_path / "base", "qwen2", tie_word_embeddings=True)
-    settings = {"modules_to_save": parts, "ensure_weight_tying": True}
-    expected = logprobs(by_peft(base, tmp_path / "theirs", **settings))
-    module = tiny.build(DPO(Base(str(tmp_path / "theirs")), DPOLoss(beta=0.1)))
+def continued(place: Path, expected: Tensor) -> DPO:
+    """The adapter in ``theirs`` is policy and reference; trained on and saved to ``hf`` it is loaded as it was."""
+    module = tiny.build(DPO(Base(str(place / "theirs")), DPOLoss(beta=0.1)))
     assert acting(module.roles, "policy").equal(expected)
     assert acting(module.roles, "reference").equal(expected)
     moved(module.roles.policy, 2)
     assert acting(module.roles, "reference").equal(expected)
     trained = acting(module.roles, "policy")
-    save_hf(module, tmp_path / "hf")
-    assert logprobs(load_causal_lm(Base(str(tmp_path / "hf")))).equal(trained)
+    save_hf(module, place / "hf")
+    assert logprobs(load_causal_lm(Base(str(place / "hf")))).equal(trained)
+    return module
+
+
+@pytest.mark.parametrize("parts", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]], ids=" ".join)
+def test_tied_copies_stay_tied_where_peft_ties_them(tmp_path: Path, parts: list[str]) -> None:
+    base = tiny.save_model(tmp_path / "base", "qwen2", tie_word_embeddings=True)
+    settings = {"modules_to_save": parts, "ensure_weight_tying": True}
+    expected = logprobs(by_peft(base, tmp_path / "theirs", **settings))
+    continued(tmp_path, expected)
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=" ".join)
@@ -287,14 +293,7 @@ def test_what_works_is_the_same_model_in_every_role_and_after_saving(qwen: str, 
     expected = logprobs(by_peft(qwen, tmp_path / "theirs", **WORKS[kind]))
     bare = logprobs(load_causal_lm(Base(qwen)))
     assert float((expected - bare).abs().max()) > 0.01
-    module = tiny.build(DPO(Base(str(tmp_path / "theirs")), DPOLoss(beta=0.1)))
-    assert acting(module.roles, "policy").equal(expected)
-    assert acting(module.roles, "reference").equal(expected)
-    moved(module.roles.policy, 2)
-    assert acting(module.roles, "reference").equal(expected)
-    trained = acting(module.roles, "policy")
-    save_hf(module, tmp_path / "hf")
-    assert logprobs(load_causal_lm(Base(str(tmp_path / "hf")))).equal(trained)
+    module = continued(tmp_path, expected)
     with torch.no_grad(), module.roles.policy.disable_adapter():
         assert logprobs(module.roles.policy).equal(bare)
 
