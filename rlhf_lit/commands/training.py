@@ -36,7 +36,7 @@ from rlhf_lit.commands.parser_errors import check_keys, condense, read_configs, 
 from rlhf_lit.commands.renamed import require_present_names
 from rlhf_lit.commands.shipped import with_files
 from rlhf_lit.data.modules import TextDataModule
-from rlhf_lit.errors import UserError, is_live, say
+from rlhf_lit.errors import UserError, is_live, say, tell
 from rlhf_lit.files import check_yaml
 from rlhf_lit.losses.advantages import AdvantageEstimator
 from rlhf_lit.losses.kl import KLController
@@ -117,7 +117,7 @@ class Parser(LightningArgumentParser):
         """Nested parsers still raise: a union is resolved by trying its members and catching that."""
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
-        sys.stderr.write(f"error: {condense(message)}\n")
+        say(f"error: {condense(message)}", every_rank=True)
         sys.exit(2)
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:
@@ -295,7 +295,7 @@ class RunCLI(LightningCLI):
     def after_fit(self) -> None:
         """One line to end with: where the run is, and what it reached."""
         if self.trainer.is_global_zero:
-            print(progress.closing_line(self.trainer))
+            tell(progress.closing_line(self.trainer))
 
 
 def _check_trainer(trainer: Namespace) -> None:
