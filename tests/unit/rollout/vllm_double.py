@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,7 +76,12 @@ class LLM:
         self.model: Any = None
         self.slept: list[int] = []
         self.cache: dict[tuple[int, ...], Tensor] = {}
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shut))
+        self.shut = False
         LLM.made.append(self)
+
+    def _shut(self) -> None:
+        self.shut, self.model, self.cache = True, None, {}
 
     def collective_rpc(self, method: str, timeout: None = None, args: tuple[()] = (), kwargs: Any = None) -> list[None]:
         assert method == "reload_weights"
@@ -108,6 +113,7 @@ class LLM:
         self, prompts: list[dict[str, list[int]]], sampling_params: list[SamplingParams], *, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         assert not self.asleep
+        assert not self.shut
         assert len(prompts) == len(sampling_params)
         rows = [prompt["prompt_token_ids"] for prompt in prompts]
         return [
