@@ -45,6 +45,7 @@ class ChatServer(ThreadingHTTPServer):
         at_once: the most that were under way at a time.
         key: wanted in each request; None wants none.
         models: names that it serves; None has no list of them.
+        most_tokens: that a request may ask for.
     """
 
     daemon_threads = True
@@ -58,6 +59,7 @@ class ChatServer(ThreadingHTTPServer):
         self.count = self.at_once = self.under_way = 0
         self.key: str | None = None
         self.models: list[str] | None = [MODEL]
+        self.most_tokens = 10_000
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -126,6 +128,8 @@ class _Answers(BaseHTTPRequestHandler):
             self._refuse(404, "Not Found")
         elif self.server.models is not None and body["model"] not in self.server.models:
             self._refuse(404, f"The model `{body['model']}` does not exist.")
+        elif body.get("max_tokens", 0) > self.server.most_tokens:
+            self._refuse(400, f"max_tokens={body['max_tokens']} cannot be greater than {self.server.most_tokens}")
         else:
             said = self.server.says(body)
             choice = said if isinstance(said, dict) else {"message": {"content": said}, "finish_reason": "stop"}

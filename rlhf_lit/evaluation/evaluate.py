@@ -21,13 +21,14 @@ from rlhf_lit.evaluation.on_pairs import on_pairs
 from rlhf_lit.evaluation.on_prompts import check_vocabulary, on_prompts
 from rlhf_lit.evaluation.pair_judge import PairJudge
 from rlhf_lit.evaluation.report import Evaluation
+from rlhf_lit.evaluation.server_answers import require_server
 from rlhf_lit.evaluation.setup import Setup
 from rlhf_lit.files import append_rows, replace_file
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.quantization import Dtype
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel, RewardSource, RewardSum
-from rlhf_lit.rollout.server import Server, require_answers
+from rlhf_lit.rollout.server import Server
 from rlhf_lit.rollout.vllm_engine import VLLM, require_vllm
 from rlhf_lit.trainer.callbacks import environment
 from rlhf_lit.trainer.loggers import WandB
@@ -125,7 +126,7 @@ def evaluate(
             with by_own_names():
                 require_vllm(setup.device, 1)
         if isinstance(baseline, Server):
-            require_answers(baseline, "baseline")
+            require_server(baseline, sampling)
         for name, source in comparing.items():
             source.prepare(name)
         judges = [Judge(name, source, micro_batch_tokens, setup.device) for name, source in scoring.items()]

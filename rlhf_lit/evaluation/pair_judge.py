@@ -18,7 +18,7 @@ from rlhf_lit.evaluation.answers import Answers
 from rlhf_lit.evaluation.estimates import Array, Estimate
 from rlhf_lit.randomness import global_seed
 from rlhf_lit.rollout.rewards import shown
-from rlhf_lit.rollout.server import Server, ask, require_answers
+from rlhf_lit.rollout.server import SEEDS, Body, Server, ask, require_answers
 
 Winner = Literal["first", "second", "tie"]
 
@@ -120,7 +120,7 @@ class ServerJudge(PairJudge):
 
     def prepare(self, role: str) -> None:
         self.role = role
-        require_answers(self.server, f"{role}.server")
+        require_answers(self.server, self._settings, f"{role}.server")
 
     def compare(
         self, prompts: list[str], first: list[str], second: list[str], rows: list[dict[str, Any]]
@@ -130,9 +130,8 @@ class ServerJudge(PairJudge):
         Raises:
             UserError: the server does not answer, or no answer of it holds a verdict.
         """
-        settings = {"temperature": 0.0, "max_tokens": self.max_tokens, "seed": global_seed()}
         shown_pairs = [self._filled(*pair) for pair in zip(prompts, first, second, strict=True)]
-        bodies = [{"messages": [{"role": "user", "content": text}], **settings} for text in shown_pairs]
+        bodies = [{"messages": [{"role": "user", "content": text}], **self._settings} for text in shown_pairs]
         replies = ask(self.server, bodies, f"{self.role}.server")
         verdicts = [Verdict(verdict_in(reply.text), reply.text or "") for reply in replies]
         cut = sum(reply.finish == "length" for reply in replies)
@@ -151,6 +150,10 @@ class ServerJudge(PairJudge):
 
     def in_words(self) -> str:
         return self.server.address
+
+    @property
+    def _settings(self) -> Body:
+        return {"temperature": 0.0, "max_tokens": self.max_tokens, "seed": global_seed() % SEEDS}
 
     def _filled(self, prompt: str, first: str, second: str) -> str:
         """At once: what stands in an answer is not a place of the template."""

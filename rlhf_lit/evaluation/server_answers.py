@@ -14,10 +14,9 @@ from rlhf_lit.errors import UserError, say
 from rlhf_lit.evaluation.answers import Answers, encoded
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Sampling
-from rlhf_lit.rollout.server import Body, Server, ask
+from rlhf_lit.rollout.server import SEEDS, Body, Server, ask, require_answers
 
 ROLE = "baseline"
-SEEDS = 2**31  # some servers keep a seed in 32 bits
 
 
 def require_no_tools(prompts: Sequence[Prompt], source: Source) -> None:
@@ -32,6 +31,15 @@ def require_no_tools(prompts: Sequence[Prompt], source: Source) -> None:
                 f"{ROLE}: row {prompt.row} of {source.label} has tools, and what a server answers with them is no text "
                 "that could be compared; leave such rows out"
             )
+
+
+def require_server(server: Server, sampling: Sampling) -> None:
+    """Find out whether a server answers, before anything is sampled.
+
+    Raises:
+        UserError: it does not, or not with these settings.
+    """
+    require_answers(server, {**_settings(sampling), "seed": 0}, ROLE)
 
 
 def server_answers(
@@ -52,15 +60,9 @@ def server_answers(
     """
     index = torch.arange(len(prompts) * samples)
     seeds = row_keys(derive_seed("sampling", stream), index // samples, index % samples) % SEEDS
-    settings = {
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
     asked = [prompt for prompt in prompts for _ in range(samples)]
     bodies: list[Body] = [
-        {"messages": [_as_sent(turn) for turn in prompt.prompt], **settings, "seed": seed}
+        {"messages": [_as_sent(turn) for turn in prompt.prompt], **_settings(sampling), "seed": seed}
         for prompt, seed in zip(asked, seeds.tolist(), strict=True)
     ]
     replies = ask(server, bodies, ROLE)
@@ -87,6 +89,15 @@ def server_answers(
     )
     by_prompt = [texts[i : i + samples] for i in range(0, len(texts), samples)]
     return Answers(by_prompt, sequences, ended.reshape(len(prompts), samples))
+
+
+def _settings(sampling: Sampling) -> Body:
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+    }
 
 
 def _as_sent(turn: Message) -> Body:

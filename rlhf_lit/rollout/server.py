@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FIRST_WAIT = 0.5  # seconds before a request is sent again the first time; doubled each time
 LONGEST_WAIT = 120.0  # whatever the server asks for (Retry-After)
 PASSING = {408, 409, 425, 429}  # statuses beside 5xx after which the same request may succeed
-PROBE_TOKENS = 16
+SEEDS = 2**31  # some servers keep a seed in 32 bits
 LONGEST_COMPLAINT = 240  # characters of a server's own words in a message
 
 Body = dict[str, Any]
@@ -141,13 +141,17 @@ def ask(server: Server, bodies: Sequence[Body], role: str) -> list[Reply]:
     return _run(_Asking(server, role, _key_of(server, role)).all(bodies)) if bodies else []
 
 
-def require_answers(server: Server, role: str) -> None:
-    """Ask for a few tokens, before hours of work that would end at a server that does not answer.
+def require_answers(server: Server, settings: Body, role: str) -> None:
+    """Say hello, before hours of work that would end at a server that does not answer.
+
+    Args:
+        server, role: as of ``ask``.
+        settings: fields of the requests to come, but for the messages: a server may refuse one, such as a length.
 
     Raises:
         UserError: it does not.
     """
-    ask(server, [{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": PROBE_TOKENS}], role)
+    ask(server, [{"messages": [{"role": "user", "content": "Hello"}], **settings}], role)
 
 
 def _key_of(server: Server, role: str) -> str | None:
