@@ -81,12 +81,12 @@ def evaluate(command: Callable, base_url: str, *options: str) -> Any:
 
 
 def test_the_same_model_here_and_there(command: Callable, base_url: str) -> None:
-    """Nearly greedy, both say the same of a capital; the judge compares all, in both orders."""
+    """Nearly greedy, both say the same of the capital of France; the judge compares all, in both orders."""
     answer = evaluate(command, base_url, "--sampling.temperature=0.02", "--to=greedy")
     assert answer.status == 0, answer.err
     lines = samples("greedy")
-    for line, city in zip(lines[:2], ("Paris", "Rome"), strict=True):
-        assert city in line["model"]
+    for line in lines[:1]:
+        assert "Paris" in line["model"]
         assert line["model"] == line["baseline"]
         assert line["model/tokens"] == line["baseline/tokens"]
     result = json.loads(Path("greedy/evaluation.json").read_text())

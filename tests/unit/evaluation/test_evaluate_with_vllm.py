@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from rlhf_lit.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lit.rollout.engine import sample
 from rlhf_lit.rollout.vllm_engine import VLLM, VLLMEngine
 
-OPTIONS = ["--prompts.path=prompts.txt", "--template=none", "--sampling.max_new_tokens=5", "--vllm.dtype=float32"]
+VLLM_OPTIONS = ["--vllm.dtype=float32", "--vllm.sleep=0"]
+OPTIONS = ["--prompts.path=prompts.txt", "--template=none", "--sampling.max_new_tokens=5", *VLLM_OPTIONS]
 FUNCTION = ["--judge=RewardFromFunction", "--judge.function=test_evaluate_with_vllm.letters"]
 
 
@@ -68,19 +70,16 @@ def test_each_model_in_turn_and_several_samples(command: Callable, models: list[
     for made, name in zip(models, ("other", "base"), strict=True):
         for key, weight in weights(name).items():
             assert made.weights[key].equal(weight), key
-        assert made.shut, "nothing is left beside the next model, or the judge"
-        assert made.slept == [1, 1], "the responses, and those that the gap is measured on"
+        assert made.closed, "nothing is left beside the next model, or the judge"
     result = found("first")
-    assert result["settings"]["vllm"] == {
-        "gpu_memory_utilization": 0.3, "dtype": "float32", "max_length": None, "sleep": 1, "enforce_eager": False,
-    }  # fmt: skip
+    assert result["settings"]["vllm"] == asdict(VLLM(dtype="float32", sleep=0))
     assert result["kl"]["exact"]["mean"] > 0
     lines = samples("first")
     assert len(lines) == 12
     assert len({line["model"] for line in lines}) > 6
     assert [line["model/judge"] for line in lines] == letters([], [line["model"] for line in lines], [])
     said = [line["model"] for line in lines]
-    assert command(*plain, "--to=again", "--sampling.rows_at_once=2", "--vllm.sleep=0").status == 0
+    assert command(*plain, "--to=again", "--sampling.rows_at_once=2").status == 0
     assert [line["model"] for line in samples("again")] == said, "each row's noise is its own"
     assert command(*plain, "--to=seed", "--seed=1").status == 0
     assert [line["model"] for line in samples("seed")] != said
@@ -96,11 +95,20 @@ def test_noise_is_not_evaluated(
     command: Callable, models: list[vllm_double.LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-probs that are not the training forward's, whatever is drawn by them."""
-    monkeypatch.setattr(vllm_double.LLM, "shift", 0.3)
+
+    def off(made: Any, prompt: list[int], settings: Any) -> Any:
+        found = told(made, prompt, settings)
+        for position in found.logprobs:
+            for token in position:
+                position[token] = vllm_double.Logprob(position[token].logprob - 0.3)
+        return found
+
+    told = vllm_double.LLM._answer
+    monkeypatch.setattr(vllm_double.LLM, "_answer", off)
     answer = command("evaluate", "other", *OPTIONS)
     assert answer.status == 2
     assert "error: other: sampler: its log-probs and those of the training forward 0.3 apart" in answer.err
-    assert models[0].shut
+    assert models[0].closed
     assert not Path("runs").exists()
 
 

@@ -71,17 +71,14 @@ class LLM:
         assert not hasattr(self.config, "quantization_config")
         self.dtype = getattr(torch, dtype)
         self.sleeps = enable_sleep_mode
+        self.closed = False
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shut_down))
         self.asleep: set[str] = set()
         self.weights: dict[str, Tensor] = {}
         self.model: Any = None
         self.slept: list[int] = []
         self.cache: dict[tuple[int, ...], Tensor] = {}
-        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shut))
-        self.shut = False
         LLM.made.append(self)
-
-    def _shut(self) -> None:
-        self.shut, self.model, self.cache = True, None, {}
 
     def collective_rpc(self, method: str, timeout: None = None, args: tuple[()] = (), kwargs: Any = None) -> list[None]:
         assert method == "reload_weights"
@@ -94,6 +91,9 @@ class LLM:
             self.model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, output_loading_info=True)
         assert not any(found.values()), found
         return [None]
+
+    def _shut_down(self) -> None:
+        self.closed = True
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
         self.asleep -= set(tags or self.asleep)
@@ -113,7 +113,7 @@ class LLM:
         self, prompts: list[dict[str, list[int]]], sampling_params: list[SamplingParams], *, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         assert not self.asleep
-        assert not self.shut
+        assert not self.closed
         assert len(prompts) == len(sampling_params)
         rows = [prompt["prompt_token_ids"] for prompt in prompts]
         return [
