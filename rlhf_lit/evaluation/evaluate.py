@@ -112,7 +112,7 @@ def evaluate(
             "seed": seed,
             "samples": samples,
             "sampling": asdict(sampling),
-            "vllm": None if vllm is None else asdict(vllm),
+            **({} if vllm is None else {"vllm": asdict(vllm)}),  # another sampler draws other samples
             "template": template,
             "dtype": dtype,
             "intervals": report.INTERVALS,
