@@ -19,6 +19,7 @@ from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Engine, Samples, Sampling, sample
 from rlhf_lit.rollout.rewards import shown
+from rlhf_lit.rollout.vllm_engine import VLLM
 
 # The stream of sampling noise for validation, predictions and samples: apart from every rollout's.
 EVALUATION = 2**31
@@ -31,6 +32,7 @@ class Writer(LightningModule):
         roles: the models, the policy among them.
         sampling: how responses are drawn; set by the algorithm.
         engine: what draws them.
+        vllm: settings of the engine where that is vLLM; set by who sets the engine.
         base, tokenizer: the policy's.
     """
 
@@ -38,6 +40,7 @@ class Writer(LightningModule):
     roles: Roles
     sampling: Sampling
     engine: Engine = staticmethod(sample)
+    vllm: VLLM | None = None
     tokenizer: Any
 
     def leaves_room(self, prompt: int) -> bool:

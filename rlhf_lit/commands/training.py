@@ -32,7 +32,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from rlhf_lit import runs
 from rlhf_lit.algorithms.algorithm import Algorithm
-from rlhf_lit.commands.parser_errors import check_keys, condense, read_configs, read_options, refuse_ambiguous
+from rlhf_lit.commands.parser_errors import check_keys, condense, mendable, read_configs, read_options, refuse_ambiguous
 from rlhf_lit.commands.renamed import require_present_names
 from rlhf_lit.commands.shipped import with_files
 from rlhf_lit.data.modules import TextDataModule
@@ -137,6 +137,11 @@ class Parser(LightningArgumentParser):
             args = [_as_yaml(word) for word in args]
         return super().parse_args(args, *rest, **options)
 
+    def instantiate_classes(self, cfg: Namespace, **options: Any) -> Namespace:
+        """As jsonargparse's; see ``mendable``."""
+        with mendable():
+            return super().instantiate_classes(cfg, **options)
+
 
 def _as_yaml(word: str) -> str:
     """``--key=None`` as ``--key=null``, and likewise inside a list or a mapping; anything else as it is."""
@@ -218,15 +223,9 @@ class RunCLI(LightningCLI):
                 self.folder = checkpoint.parent.parent
 
     def instantiate_classes(self) -> None:
-        """As Lightning does it; a ValueError from a constructor is the user's to mend (a β below zero)."""
-        try:
+        """As Lightning does it, the trainer among them; see ``mendable``."""
+        with mendable():
             super().instantiate_classes()
-        except UserError:
-            raise
-        except (MisconfigurationException, ValueError) as error:
-            if _hides_a_bug(error):
-                raise
-            raise UserError(condense(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that works in the run's folder, with our callbacks beside the user's and a CSV log always."""
@@ -343,16 +342,6 @@ def _loggers(given: Any, folder: Path, name: str) -> list[Logger]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _hides_a_bug(error: BaseException) -> bool:
-    """The parser wraps whatever a constructor raises into a ValueError; only a ValueError inside is the user's."""
-    cause = error.__cause__ or error.__context__
-    while cause is not None:
-        if not isinstance(cause, ValueError | MisconfigurationException | ArgumentError):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
 
 
 def _frames(error: BaseException) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from rlhf_lit.data.records import RowReport
 from rlhf_lit.errors import printable
 from rlhf_lit.evaluation.best_of_n import Point
 from rlhf_lit.evaluation.estimates import LEVEL, RESAMPLES, Estimate
+from rlhf_lit.evaluation.pair_judge import Verdicts
 from rlhf_lit.evaluation.pairs import PairReport
 from rlhf_lit.evaluation.win_rate import HeadToHead
 
@@ -60,6 +61,7 @@ class Evaluation:
         files: what became of the rows of each file.
         responses: by `model` and `baseline`.
         win_rates: against the baseline, by the name of the judge.
+        verdicts: of judges of pairs, by the name of the judge.
         best_of_n: by the judge, the gold judge beside it.
         kl: to the reference.
         pairs: accuracy on the pair file.
@@ -74,6 +76,7 @@ class Evaluation:
     files: dict[str, RowReport] = field(default_factory=dict)
     responses: dict[str, Responses] = field(default_factory=dict)
     win_rates: dict[str, HeadToHead] = field(default_factory=dict)
+    verdicts: dict[str, Verdicts] = field(default_factory=dict)
     best_of_n: list[Point] = field(default_factory=list)
     kl: Divergence | None = None
     pairs: PairReport | None = None
@@ -120,6 +123,13 @@ def lines(found: Evaluation) -> list[tuple[str, str]]:
             (f"  at similar length ({rate.similar.mean:.0%} of them)", str(rate.similar_win_rate)),
             ("  correlation with length", str(rate.length_correlation)),
         ]
+        if judge in found.verdicts:
+            verdicts = found.verdicts[judge]
+            rows += [
+                ("  the one shown first, of those decided", str(verdicts.first)),
+                ("  the same in both orders", str(verdicts.consistent)),
+                (f"  not readable, of {verdicts.count} verdicts", str(verdicts.unreadable)),
+            ]
     if found.kl is not None:
         rows += [("KL to reference (nats)", str(found.kl.exact)), ("  by k1", str(found.kl.k1))]
     for point in found.best_of_n:

@@ -128,6 +128,15 @@ class VLLMEngine:
                 self._asleep = True
         return read(outputs, prompts, stop_ids)
 
+    def close(self) -> None:
+        """Let go of vLLM and of all its memory; the next draw makes another one."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm, self._asleep = None, False
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
     def _check(self, prompts: Sequences, sampling: Sampling, first: int | None) -> None:
         limit = self.settings.max_length
         if first is not None and (limit is None or limit > first):

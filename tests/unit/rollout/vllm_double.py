@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +71,8 @@ class LLM:
         assert not hasattr(self.config, "quantization_config")
         self.dtype = getattr(torch, dtype)
         self.sleeps = enable_sleep_mode
+        self.closed = False
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shut_down))
         self.asleep: set[str] = set()
         self.weights: dict[str, Tensor] = {}
         self.model: Any = None
@@ -90,6 +92,9 @@ class LLM:
         assert not any(found.values()), found
         return [None]
 
+    def _shut_down(self) -> None:
+        self.closed = True
+
     def wake_up(self, tags: list[str] | None = None) -> bool:
         self.asleep -= set(tags or self.asleep)
         return not self.asleep
@@ -108,6 +113,7 @@ class LLM:
         self, prompts: list[dict[str, list[int]]], sampling_params: list[SamplingParams], *, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         assert not self.asleep
+        assert not self.closed
         assert len(prompts) == len(sampling_params)
         rows = [prompt["prompt_token_ids"] for prompt in prompts]
         return [
