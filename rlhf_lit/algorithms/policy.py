@@ -17,6 +17,7 @@ from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Engine, Samples, Sampling, sample
 from rlhf_lit.rollout.rewards import shown
+from rlhf_lit.rollout.vllm_engine import VLLMEngine
 
 # The stream of sampling noise for validation, predictions and samples: apart from every rollout's.
 EVALUATION = 2**31
@@ -73,6 +74,10 @@ class Writer(LightningModule):
         keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
         with self.roles.acting("policy") as model, sharding_of(model).whole():
             return self.engine(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
+
+    def teardown(self, stage: str) -> None:
+        if isinstance(self.engine, VLLMEngine):
+            self.engine.close()
 
     def response_texts(self, samples: Samples) -> list[str]:
         """The responses as text, without special tokens and surrounding white space (a template may put a space
