@@ -58,7 +58,7 @@ class OnPolicy(Writer, Algorithm):
         learning_rate: peak learning rate.
         optimizer: which optimizer.
         schedule: learning rate over the run.
-        vllm: draw with vLLM, on the GPU that trains; null draws with transformers.
+        vllm: draw with vLLM, on the device that trains; null draws with transformers.
     """
 
     learns_from = (ExperienceBatch,)

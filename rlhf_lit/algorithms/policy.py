@@ -19,7 +19,7 @@ from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Engine, Samples, Sampling, sample
 from rlhf_lit.rollout.rewards import shown
-from rlhf_lit.rollout.vllm_engine import VLLM
+from rlhf_lit.rollout.vllm_engine import VLLM, VLLMEngine
 
 # The stream of sampling noise for validation, predictions and samples: apart from every rollout's.
 EVALUATION = 2**31
@@ -111,6 +111,10 @@ class Writer(LightningModule):
                 "when it was written; lower it, or data.max_length"
             )
         return [limit] * len(lengths)
+
+    def teardown(self, stage: str) -> None:
+        if isinstance(self.engine, VLLMEngine):
+            self.engine.close()
 
     def response_texts(self, samples: Samples) -> list[str]:
         """The responses as text, without special tokens and surrounding white space (a template may put a space
