@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, Action
+from argparse import Action
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -53,6 +53,11 @@ class Formatter(DefaultHelpFormatter):
             usage = " ".join(["%(prog)s", *map(str, names), *options, "[--option=value ...]"])
         super().add_usage(usage, actions, groups, prefix)
 
+    def add_argument(self, action: Action) -> None:
+        """Not of one that another key replaces. (With a suppressed help it would be absent from configurations too.)"""
+        if not getattr(action, "is_elsewhere", False):
+            super().add_argument(action)
+
 
 def describe(parser: LightningArgumentParser, command: str, elsewhere: Iterable[str]) -> None:
     """What the help of a training command says, and in which order.
@@ -86,8 +91,7 @@ def describe(parser: LightningArgumentParser, command: str, elsewhere: Iterable[
         action.help = _OURS.get(action.dest, action.help)
     hidden = {f"trainer.{name}" for name in elsewhere}
     for action in named["trainer"]._group_actions:
-        if action.dest in hidden:
-            action.help = SUPPRESS
+        action.is_elsewhere = action.dest in hidden
 
 
 def class_helps(argv: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+import yaml
 
 from rlhf_lit.__main__ import COMMANDS, TRAINING
 
@@ -78,6 +79,13 @@ def test_the_options_of_an_algorithm_and_of_its_rows(command: Callable) -> None:
     assert "--model.critic.init" in alone
     loss = command("fit", "--model.help=DPO", "--model.loss.help=DPOLoss").out
     assert loss.startswith("usage: rlhf-lit fit --model.loss.beta=BETA [--option=value ...]\n")
+
+
+def test_what_help_leaves_out_is_still_on_record(command: Callable) -> None:
+    answer = command("fit", "--config=sft/quickstart", "--print_config")
+    assert {"gradient_clip_val", "default_root_dir", "accumulate_grad_batches"} <= {
+        *yaml.safe_load(answer.out)["trainer"]
+    }
 
 
 def test_an_algorithm_that_there_is_not(command: Callable) -> None:
