@@ -120,7 +120,7 @@ def test_a_judge_of_pairs_tells_who_wins_and_scores_nothing(tmp_path: Path) -> N
         run = made(tmp_path / name, DPO)
         plain = [{key: value for key, value in line.items() if key != "model/gold"} for line in lines([1, 0])]
         plain = [{**line, **dict.fromkeys((f"model/{judge}" for judge in scored), 7.0)} for line in plain]
-        judges = {"gold": "teacher at http://a/v1", **{judge: "some" for judge in scored}}
+        judges = {"gold": "teacher at http://a/v1", **dict.fromkeys(scored, "some")}
         write_evaluation(run.folder / "evaluation", run, plain, **compared, judges=judges)
         study = study_of([run], comparable([run])[0])
         assert study.reward == (scored[0] if scored else None)
