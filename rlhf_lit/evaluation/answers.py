@@ -20,7 +20,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import draw, prompt_text
 from rlhf_lit.models.anatomy import context_length, unwrapped
-from rlhf_lit.models.rope import first_context, leaves_room
+from rlhf_lit.models.rope import first_context
 from rlhf_lit.preflight.sampler import prompts_of, sampler
 from rlhf_lit.rollout.engine import sample
 from rlhf_lit.rollout.rewards import RewardSource, shown
@@ -79,21 +79,22 @@ def fitting(
     Raises:
         UserError: none does.
     """
-    policy, new_tokens = module.roles.policy, module.sampling.max_new_tokens
+    policy = module.roles.policy
     chat, kept = ChatFormat(module.tokenizer, template), []
     limit = None if vllm is None else vllm.max_length
+    fewest = module.sampling.max_new_tokens or 1
     for prompt in prompts:
         length = len(chat.prompt(prompt.prompt, prompt.tools))
-        if not leaves_room(policy, length, new_tokens):
+        if not module.leaves_room(length):
             report.drop("over-long", prompt.row)
-        elif limit is not None and length + new_tokens > limit:
+        elif limit is not None and length + fewest > limit:
             report.drop("over-long for vllm.max_length", prompt.row)
         else:
             kept.append(prompt)
     if not kept:
         raise UserError(
-            f"sampling.max_new_tokens: {new_tokens} new tokens leave no prompt of {report.file} room in the model's "
-            f"context of {first_context(unwrapped(policy)) or context_length(policy)}"
+            f"sampling.max_new_tokens: {fewest} new tokens leave no prompt of {report.file} "
+            f"room in the model's context of {first_context(unwrapped(policy)) or context_length(policy)}"
             f"{'' if limit is None else f', or in vllm.max_length, {limit}'}"
         )
     return kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -35,6 +36,14 @@ def states_width(model: nn.Module) -> int:
     """The width of the hidden states that a language model's head is applied to: not always that between its layers
     (OPT's ``word_embed_proj_dim``)."""
     return int(unwrapped(model).get_output_embeddings().weight.shape[-1])
+
+
+def computes_in_half(model: nn.Module) -> bool:
+    """Whether products are rounded to fewer than float32's bits: by the dtype of the weights (4-bit ones compute in
+    bfloat16), by the autocast in force, or by what torch may make of float32 (TF32)."""
+    narrow = any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters())
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return narrow or torch.is_autocast_enabled(device) or torch.get_float32_matmul_precision() != "highest"
 
 
 def read_directly(model: nn.Module) -> list[str]:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
+
+from rlhf_lit.errors import printable
+from rlhf_lit.models.anatomy import computes_in_half
 
 Verdict = Literal["ok", "skipped", "warning", "failed"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "skipped", "warning", "failed")  # from best to worst
@@ -43,12 +45,10 @@ class Tolerance:
     Attributes:
         reshaped: the same row in batches of different shapes, where sums are taken in another order.
         same: the same batch through the same arithmetic.
-        sampled: a token when it was drawn and when it is scored (``rollout.gap``).
     """
 
     reshaped: float
     same: float
-    sampled: float
 
 
 # Measured as the mean |Δ log-prob| over a row's tokens, the largest over rows, alone against padded in a batch (a
@@ -56,17 +56,13 @@ class Tolerance:
 # weights and 6e-3 under bf16 autocast, where single tokens are off by 0.06, which is why the mean over a row is judged
 # and not its largest token. Real faults are larger: positions counted from the pads, or pads attended to, move every
 # token by tenths of a nat.
-# A sampler is off by at most 2e-6 in float32; in bfloat16 random models of 8 layers × 128 (Llama, Qwen3-MoE, OLMoE) are
-# by 0.003 to 0.05 in the median token, broken ones (RWKV's states, DeepSeek-V4's padding) by 0.3 and more.
-FULL_WIDTH = Tolerance(reshaped=1e-4, same=1e-5, sampled=1e-4)
-HALF_WIDTH = Tolerance(reshaped=0.05, same=1e-3, sampled=0.1)
+FULL_WIDTH = Tolerance(reshaped=1e-4, same=1e-5)
+HALF_WIDTH = Tolerance(reshaped=0.05, same=1e-3)
 
 
 def tolerance_of(model: nn.Module) -> Tolerance:
-    """What the dtype allows: of the weights (4-bit ones compute in bfloat16), or of the autocast in force."""
-    narrow = any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters())
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    return HALF_WIDTH if narrow or torch.is_autocast_enabled(device) else FULL_WIDTH
+    """What the dtype allows."""
+    return HALF_WIDTH if computes_in_half(model) else FULL_WIDTH
 
 
 def show(found: Sequence[Check], seconds: float) -> None:
@@ -81,7 +77,7 @@ def show(found: Sequence[Check], seconds: float) -> None:
     for check in found:
         said = f"{check.found}; {check.advice}" if check.verdict == "warning" else check.found
         verdict = (f"{check.verdict:<{widths[0]}}  ", STYLES[check.verdict])
-        console.print(Text.assemble(verdict, f"{check.name:<{widths[1]}}  {said}"))
+        console.print(Text.assemble(verdict, f"{check.name:<{widths[1]}}  {printable(said)}"))
     counts = {verdict: sum(check.verdict == verdict for check in found) for verdict in VERDICTS}
     others = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS[1:] if counts[verdict]]
     console.print(f"preflight: {', '.join([count(counts['ok'], 'check') + ' passed', *others])} in {seconds:.1f} s")

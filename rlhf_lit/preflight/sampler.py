@@ -7,8 +7,8 @@ from typing import Any
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.anatomy import stop_ids
-from rlhf_lit.preflight.check import HALF_WIDTH, Check, tolerance_of
-from rlhf_lit.rollout.gap import measured_gap
+from rlhf_lit.preflight.check import Check
+from rlhf_lit.rollout.gap import allowed_gap, measured_gap
 
 PROMPTS = 8
 
@@ -31,7 +31,7 @@ def sampler(module: Any, prompts: Sequences) -> Check:
         prompts: a few.
     """
     learns = isinstance(module, OnPolicy)
-    limit = limit_of(module)
+    limit = allowed_gap(module.roles.policy, getattr(module, "vllm", None))
     gap = measured_gap(
         module.engine, module.roles, prompts, module.sampling, stop_ids(module.tokenizer, module.roles.policy)
     )
@@ -44,10 +44,3 @@ def sampler(module: Any, prompts: Sequences) -> Check:
         advice = "its generation is broken (padding, cache or states), and no policy could learn from it: another model"
         return Check("sampler", "failed", found, advice)
     return Check("sampler", "warning", found, "what this model generates is not its own: trust no sample, no win rate")
-
-
-def limit_of(module: Any) -> float:
-    """How far the two may be apart, in nats per token: by the dtype of the policy, or of vLLM's weights."""
-    engine = getattr(module, "vllm", None)
-    narrow = engine is not None and engine.dtype != "float32"
-    return (HALF_WIDTH if narrow else tolerance_of(module.roles.policy)).sampled

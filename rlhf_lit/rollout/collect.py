@@ -27,9 +27,11 @@ from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.score_pass import Comparison, compare_with_reference
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.engine import Samples, Sampling
+from rlhf_lit.rollout.gap import allowed_gap, median_gap, require_own_samples
 from rlhf_lit.rollout.record import RolloutRecord, Scores
 from rlhf_lit.rollout.rewards import RewardSource, shown
 from rlhf_lit.rollout.shaping import ScoreMoments, Shaping
+from rlhf_lit.rollout.vllm_engine import VLLM
 
 
 class Collector(Protocol):
@@ -42,6 +44,7 @@ class Collector(Protocol):
     shaping: Shaping
     advantages: AdvantageEstimator
     score_moments: ScoreMoments
+    vllm: VLLM | None
 
     @property
     def kl_coefficient(self) -> float:
@@ -86,7 +89,7 @@ def collect(policy: Collector, prompts: PromptBatch, number: int) -> Collected:
         number: which rollout of the run this is; keys the sampling noise.
 
     Raises:
-        UserError: a score that is NaN or infinite.
+        UserError: what is sampled is not the policy's own (``rollout.gap``), or a score is NaN or infinite.
     """
     started = time.perf_counter()
     samples = policy.respond(prompts, number)
@@ -95,6 +98,8 @@ def collect(policy: Collector, prompts: PromptBatch, number: int) -> Collected:
     sampled = time.perf_counter()
 
     comparison = score_pass(policy.roles, sequences, prompts.micro_batch_tokens, policy.sampling.temperature)
+    gap = policy.max_over_ranks(torch.tensor(median_gap(samples, comparison.policy), device=mask.device))
+    require_own_samples(float(gap), allowed_gap(policy.roles.policy, policy.vllm), number, policy.vllm)
     scores = _scores(policy, prompts, samples, texts)
     beta = policy.kl_coefficient
     penalty = beta * policy.kl.in_reward(comparison)

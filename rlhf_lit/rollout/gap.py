@@ -1,7 +1,8 @@
 """How far a sampler is from the distribution that it is to draw from: its own log-probs against the training forward's.
 
-They are computed in another way, token by token from a cache, with prompts of other lengths beside them. Rounding sets
-them apart a little; a model whose generation is broken, by tenths of a nat at every token.
+They are computed in another way, token by token from a cache, with prompts of other lengths beside them, or by an
+engine that holds weights of its own. Rounding sets them apart a little; broken generation, or weights that did not
+arrive, by tenths of a nat and more at every token.
 """
 
 from __future__ import annotations
@@ -9,18 +10,69 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
+from rlhf_lit.errors import UserError
+from rlhf_lit.models.anatomy import computes_in_half
 from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Roles
 from rlhf_lit.models.rope import leaves_room
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Engine, Samples, Sampling
+from rlhf_lit.rollout.vllm_engine import VLLM
 
+# Nats per token, in the median token of a response. A sampler is off by at most 2e-6 in float32 (vLLM on a CPU: 1e-6);
+# in bfloat16 random models of 8 layers × 128 (Llama, Qwen3-MoE, OLMoE) are by 0.003 to 0.05, broken ones by 0.3 and
+# more (RWKV's states, DeepSeek-V4's padding), and one whose LM head was never loaded by 7.
+ALLOWED_IN_FULL, ALLOWED_IN_HALF = 1e-4, 0.1
 MOST_TOKENS = 32  # of a sampled response
 FEWEST_TOKENS = 8  # that a response must have to be judged by itself
+
+
+def allowed_gap(model: nn.Module, vllm: VLLM | None) -> float:
+    """How far a sampler may be off in the median token, in nats: by the dtype of the policy, or of vLLM's weights.
+
+    Args:
+        model: the policy.
+        vllm: settings of the engine where that is vLLM.
+    """
+    narrow = computes_in_half(model) or (vllm is not None and vllm.dtype != "float32")
+    return ALLOWED_IN_HALF if narrow else ALLOWED_IN_FULL
+
+
+def median_gap(samples: Samples, scored: Tensor) -> float:
+    """The median |Δ log-prob| over all tokens of some responses; 0 where there are none. Arguments as of ``gap_of``.
+
+    Over many rows the largest of their medians, which ``gap_of`` takes of a few, is rounding's in narrow dtypes.
+    """
+    distance = _distances(samples, scored)[samples.sequences.mask]
+    return float(distance.median()) if len(distance) else 0.0
+
+
+def require_own_samples(gap: float, limit: float, number: int, vllm: VLLM | None) -> None:
+    """End the run before it learns from samples that are not its policy's own.
+
+    Args:
+        gap: ``median_gap`` of a rollout.
+        limit: ``allowed_gap``.
+        number: of the rollout.
+        vllm: settings of the engine where that is vLLM.
+
+    Raises:
+        UserError: the gap is over the limit.
+    """
+    if gap <= limit:
+        return
+    if vllm is None:
+        advice = "its generation is broken (padding, cache or states), and no policy could learn from it: another model"
+    else:
+        advice = "vLLM computes another model than the one that trains: set model.vllm to null"
+    raise UserError(
+        f"rollout {number}: the sampler's log-probs and those of the training forward are {gap:.2g} nats apart in the "
+        f"median token, and {limit:g} are allowed, so nothing is learnt from it; {advice}"
+    )
 
 
 def of_different_lengths(prompts: Sequences) -> Sequences:
@@ -50,7 +102,7 @@ def measured_gap(
     Returns:
         Nats per token; None where no prompt leaves room for a response.
     """
-    short = min(sampling.max_new_tokens, MOST_TOKENS)
+    short = min(sampling.limit, MOST_TOKENS)
     fitting = [row for row, n in enumerate(prompts.lengths.tolist()) if leaves_room(roles.policy, n, short)]
     if not fitting:
         return None
@@ -74,7 +126,11 @@ def gap_of(samples: Samples, scored: Tensor) -> float:
         samples: responses, with the sampler's own log-probs.
         scored: [rows, time] the training forward's.
     """
-    mask = samples.sequences.mask
-    distance = (samples.sampled_logprobs.to(scored.dtype) - scored).abs().nan_to_num(nan=torch.inf)
+    mask, distance = samples.sequences.mask, _distances(samples, scored)
     long = [row[tokens] for row, tokens in zip(distance, mask, strict=True) if int(tokens.sum()) >= FEWEST_TOKENS]
     return max(float(row.median()) for row in long or [distance[mask]])
+
+
+def _distances(samples: Samples, scored: Tensor) -> Tensor:
+    """[rows, time] |Δ log-prob|; infinite where one is no number."""
+    return (samples.sampled_logprobs.to(scored.dtype) - scored).abs().nan_to_num(nan=torch.inf)

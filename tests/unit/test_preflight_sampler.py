@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from rlhf_lit.losses.preference import DPOLoss
 from rlhf_lit.models.base import Base
 from rlhf_lit.preflight.checks import model_checks
 from rlhf_lit.preflight.sampler import prompts_of, sampler
-from rlhf_lit.rollout.engine import Samples, Sampling
-from rlhf_lit.rollout.gap import gap_of, of_different_lengths
+from rlhf_lit.rollout.engine import Samples, Sampling, sample
+from rlhf_lit.rollout.gap import allowed_gap, gap_of, of_different_lengths
 from rlhf_lit.rollout.vllm_engine import VLLM
 
 RWKV: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}
@@ -161,13 +162,29 @@ def test_the_median_of_the_worst_answer_is_judged() -> None:
     assert gap(torch.full((3, 12), torch.nan)) == torch.inf
 
 
-def test_vllm_in_half_width_is_judged_by_it(llama: str) -> None:
-    from rlhf_lit.preflight.sampler import limit_of
+def staggered(*asked: Any) -> Samples:
+    """A sampler that is off by as much as bfloat16 may be."""
+    drawn = sample(*asked)
+    return replace(drawn, sampled_logprobs=drawn.sampled_logprobs + 0.05)
 
-    module, _ = on_policy(RLOO, llama)
-    assert limit_of(module) == 1e-4
-    for dtype, limit in (("bfloat16", 0.1), ("float32", 1e-4)):
-        module.vllm = VLLM(dtype=dtype)  # type: ignore[arg-type]
-        assert limit_of(module) == limit
-    assert limit_of(tiny.build(SFT(Base(name=llama, dtype="bfloat16")))) == 0.1
+
+def test_vllm_in_half_width_is_judged_by_it(llama: str) -> None:
+    model = tiny.build(SFT(Base(name=llama))).roles.policy
+    assert allowed_gap(model, None) == 1e-4
+    assert allowed_gap(model, VLLM(dtype="bfloat16")) == 0.1
+    assert allowed_gap(model, VLLM(dtype="float32")) == 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert allowed_gap(model, VLLM(dtype="float32")) == 0.1
+    assert allowed_gap(tiny.build(SFT(Base(name=llama, dtype="bfloat16"))).roles.policy, None) == 0.1
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert allowed_gap(model, None) == 0.1
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    module, prompts = on_policy(RLOO, llama)
+    module.engine, module.vllm = staggered, VLLM()
+    with torch.no_grad():
+        assert sampler(module, prompts.prompts).verdict == "ok"
+        module.vllm = VLLM(dtype="float32")
+        assert sampler(module, prompts.prompts).verdict == "failed"
     assert sampler(tiny.build(SFT(Base(name=llama, dtype="bfloat16"))), tiny.prompts().prompts).verdict == "ok"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,37 @@ def test_a_sum_comes_in_the_wider_dtype(tmp_path: Path) -> None:
     expected = layer.base_layer.weight.float() + layer.scaling["default"] * (b @ a)
     torch.testing.assert_close(weights["model.layers.0.self_attn.q_proj.weight"], expected, rtol=0, atol=1e-6)
     assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("target", "copies"), [("embed_tokens", False), ("lm_head", False), ("embed_tokens", True), ("lm_head", True)]
+)
+def test_a_reader_with_a_head_of_its_own_gets_both_ends(tmp_path: Path, target: str, copies: bool) -> None:
+    """An adapter on one end of tied weights, or a copy of it, is on that end alone; a plain model with these weights,
+    no longer tied, computes the same logits."""
+    targets = {"targets": ["q_proj"], "modules_to_save": [target]} if copies else {"targets": ["q_proj", target]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, on adapters of tied weights
+        model = load(tmp_path, "tied", lora=LoRA(rank=4, **targets))
+    with pytest.raises(UserError, match=r"base\.lora\.(targets|modules_to_save): the embeddings and the LM head"):
+        next(merged_weights(model))
+    ours = dict(merged_weights(model, own_head=True))
+    assert not ours["lm_head.weight"].equal(ours["model.embed_tokens.weight"])
+    config = copy.deepcopy(unwrapped(model).config)
+    config.tie_word_embeddings = False
+    plain = type(unwrapped(model))(config)
+    plain.load_state_dict(ours)
+    tokens = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens).logits, model(tokens).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["tied", "llama"])
+def test_a_reader_with_a_head_of_its_own_gets_each_weight_once(tmp_path: Path, kind: str) -> None:
+    model = load(tmp_path, kind)
+    names = [name for name, _ in merged_weights(model, own_head=True)]
+    assert len(set(names)) == len(names)
+    assert set(names) == {"lm_head.weight", *dict(merged_weights(model))}
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:

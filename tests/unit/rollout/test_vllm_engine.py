@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,7 +19,7 @@ from jsonargparse import Namespace, dict_to_namespace
 from lightning import Callback, Trainer
 from vllm_double import CompletionOutput, Logprob, RequestOutput
 
-from rlhf_lit.algorithms import GRPO, PPO, RLOO, on_policy
+from rlhf_lit.algorithms import GRPO, PPO, RLOO
 from rlhf_lit.batches import Sequences
 from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.records import Source
@@ -44,10 +46,16 @@ EXACT = VLLM(dtype="float32")
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> list[vllm_double.LLM]:
-    """The stand-in in vllm's place, on any device. → what was made of it."""
+    """The stand-in in vllm's place. → what was made of it."""
     vllm_double.install(monkeypatch)
-    monkeypatch.setattr(on_policy, "require_vllm", lambda device, ranks: None)
     return vllm_double.LLM.made
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Levels of sleep as on a GPU."""
+    sleep_on = VLLM.sleep_on
+    monkeypatch.setattr(VLLM, "sleep_on", lambda settings, device: sleep_on(settings, torch.device("cuda")))
 
 
 def draw(engine: VLLMEngine, model: Any, rows: list[int] | None = None, sampling: Sampling = Sampling(12)) -> Samples:
@@ -77,13 +85,13 @@ def test_a_request() -> None:
 
 
 def test_the_settings_reach_vllm() -> None:
-    chosen = arguments(VLLM(0.4, "float16", 128, 2, True), Sampling(rows_at_once=9), "here")
+    chosen = arguments(VLLM(0.4, "float16", 128, 2, True), Sampling(rows_at_once=9), 2, "here")
     assert chosen == {
         "model": "here", "skip_tokenizer_init": True, "load_format": "dummy", "generation_config": "vllm",
         "dtype": "float16", "max_model_len": 128, "max_num_seqs": 9, "gpu_memory_utilization": 0.4,
         "enable_sleep_mode": True, "enforce_eager": True, "logprobs_mode": "processed_logprobs",
     }  # fmt: skip
-    assert not arguments(VLLM(sleep=0), Sampling(), "here")["enable_sleep_mode"]
+    assert not arguments(VLLM(), Sampling(), 0, "here")["enable_sleep_mode"]
 
 
 def answer(tokens: list[int], logprobs: list[float], reason: str | None) -> RequestOutput:
@@ -123,7 +131,7 @@ def test_an_answer_that_was_given_up_ends_the_run(reason: str | None) -> None:
     [{}, {"lora": LoRA(4)}, {"lora": LoRA(4), "quantization": Quantization(compute_dtype="float32")}],
     ids=["whole", "lora", "4 bit"],
 )
-def test_each_draw_is_of_the_weights_as_they_are(double: Any, llama: str, settings: dict[str, Any]) -> None:
+def test_each_draw_is_of_the_weights_as_they_are(double: Any, card: None, llama: str, settings: dict[str, Any]) -> None:
     """Its log-probs are the training forward's, at the first draw, and after an update."""
     model = load_causal_lm(Base(llama, **settings))
     engine, sampling = VLLMEngine(EXACT), Sampling(12, 0.7)
@@ -149,11 +157,113 @@ def test_draws_are_keyed_by_their_rows(double: Any, llama: str) -> None:
 
 
 @pytest.mark.parametrize("sleep", [0, 2])
-def test_it_sleeps_as_it_is_told(double: Any, llama: str, sleep: Any) -> None:
+def test_it_sleeps_as_it_is_told(double: Any, card: None, llama: str, sleep: Any) -> None:
     model, engine = load_causal_lm(Base(llama)), VLLMEngine(VLLM(sleep=sleep))
     draw(engine, model)
     draw(engine, model)
     assert double[0].slept == [sleep, sleep] * (sleep > 0)
+
+
+def test_on_a_cpu_it_stays_awake(double: Any, llama: str) -> None:
+    model, engine = load_causal_lm(Base(llama)), VLLMEngine(VLLM())
+    draw(engine, model)
+    draw(engine, model)
+    assert double[0].slept == []
+    assert not double[0].sleeps
+    draw(VLLMEngine(VLLM(sleep=0)), model)
+    with pytest.raises(UserError, match=r"^model\.vllm\.sleep: on a CPU .* the level is 1; set it to 0 or null"):
+        draw(VLLMEngine(VLLM(sleep=1)), model)
+
+
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("qwen2", None),
+        ("gemma2", None),
+        ("cohere", LoRA(4)),
+        ("qwen2", LoRA(4)),
+        ("qwen2", LoRA(4, targets=["embed_tokens"])),
+        ("qwen2", LoRA(4, targets=["q_proj", "lm_head"])),
+    ],
+    ids=["whole", "no head in vLLM", "no head, lora", "lora", "lora on the embeddings", "lora on the head"],
+)
+def test_a_tied_models_head_is_given_too(double: Any, tmp_path: Path, kind: str, lora: LoRA | None) -> None:
+    """vLLM's own would stay as it was built; an adapter on one of the two ends acts there alone."""
+    model = load_causal_lm(Base(tiny.save_model(tmp_path, kind, **TIED), lora=lora))
+    engine = VLLMEngine(EXACT)
+    for step in range(2):
+        tiny.disturb(model, 0.1, step)
+        samples = draw(engine, model)
+        expected = token_logprobs(model, samples.sequences, 1.0).detach()
+        torch.testing.assert_close(samples.sampled_logprobs, expected, rtol=0, atol=1e-4)
+    assert ("lm_head.weight" in double[0].weights) == (kind == "qwen2")
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]])
+def test_an_adapter_on_one_end_of_what_vllm_ties_is_refused(double: Any, tmp_path: Path, targets: list[str]) -> None:
+    model = load_causal_lm(Base(tiny.save_model(tmp_path, "gemma2", **TIED), lora=LoRA(4, targets=targets)))
+    with pytest.raises(UserError, match=r"base\.lora\.targets: the embeddings and the LM head share their weights"):
+        draw(VLLMEngine(EXACT), model)
+
+
+def test_the_global_generators_stay_as_they_are(double: Any, llama: str) -> None:
+    model = load_causal_lm(Base(llama))
+    random.seed(3)
+    np.random.seed(4)
+    torch.manual_seed(5)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    draw(VLLMEngine(EXACT), model)
+    assert before[:2] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.get_rng_state().equal(before[2])
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("1 validation error for ModelConfig\n  Value error, max_model_len (99) is too long [type=…]\n  For further …",
+         "Value error, max_model_len (99) is too long [type=…]"),
+        ("no room for the cache\nmore", "no room for the cache"),
+    ],
+)  # fmt: skip
+def test_what_vllm_refuses_at_its_start_is_one_line(
+    double: Any, llama: str, monkeypatch: pytest.MonkeyPatch, said: str, line: str
+) -> None:
+    model = load_causal_lm(Base(llama))
+
+    def refuse(self: Any, **settings: Any) -> None:
+        torch.set_num_threads = None  # type: ignore[assignment]
+        raise ValueError(said)
+
+    set_num_threads = torch.set_num_threads
+    monkeypatch.setattr(vllm_double.LLM, "__init__", refuse)
+    with pytest.raises(UserError) as caught:
+        draw(VLLMEngine(EXACT), model)
+    assert str(caught.value) == f"model.vllm: vLLM does not start: {line}"
+    assert torch.set_num_threads is set_num_threads
+
+
+def test_memory_that_runs_out_at_its_start_is_told_as_such(
+    double: Any, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(vllm_double.LLM, "__init__", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(VLLMEngine(EXACT), load_causal_lm(Base(llama)))
+
+
+def test_it_lets_go_of_vllm(double: Any, llama: str) -> None:
+    model, engine = load_causal_lm(Base(llama)), VLLMEngine(EXACT)
+    first = responses(draw(engine, model))
+    engine.close()
+    engine.close()
+    assert double[0].closed
+    assert responses(draw(engine, model)) == first
+    assert len(double) == 2
 
 
 def test_mixed_precision_does_not_touch_what_is_merged(double: Any, llama: str) -> None:
@@ -200,7 +310,7 @@ def make(kind: Any, llama: str, **settings: Any) -> Any:
 def test_a_run_learns_from_what_vllm_draws(
     double: Any, llama: str, tmp_path: Path, kind: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its log-probs are off by a known amount, of which the metric tells, and for which the loss is corrected."""
+    """Of first tokens its log-probs are off by a known amount: the metric tells, and the loss is corrected for it."""
     shift = 0.0 if kind is PPO else 0.3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_double.LLM, "shift", shift)
@@ -208,10 +318,11 @@ def test_a_run_learns_from_what_vllm_draws(
         module = make(kind, llama, base=base, policy_loss=ClippedPolicyLoss(importance_cap=2.0))
         steps = fit(module, tmp_path)
     assert len(double) == 1
-    assert double[0].slept == [1, 1]
+    assert double[0].closed
     for step in steps:
         assert step["rollout/sampler_gap"] == pytest.approx(shift, abs=1e-4)
-        assert step["policy/importance"] == pytest.approx(math.exp(-shift), abs=1e-4)
+        expected = 1 + (math.exp(-shift) - 1) / step["rollout/length"]
+        assert step["policy/importance"] == pytest.approx(expected, abs=1e-4)
     assert "nothing corrects" not in capsys.readouterr().err
 
 
@@ -229,16 +340,26 @@ def test_an_uncorrected_run_says_so(
     ("installed", "device", "ranks", "complaint"),
     [
         (False, "cuda", 1, r"vLLM is not installed: pip install 'rlhf-lit\[vllm\]'"),
-        (True, "cpu", 1, "vLLM samples on a GPU, and this run is on cpu"),
-        (True, "cuda:0", 2, "runs on one GPU, and this run has 2"),
+        (True, "mps", 1, "samples on a GPU or a CPU, and this run is on mps"),
+        (True, "cuda:0", 2, "runs in one process, and this run has 2"),
+        (True, "cuda:0", 1, "the vLLM that is installed samples on cpu, and this run is on cuda:0; set trainer.acc"),
     ],
 )
 def test_where_vllm_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, installed: bool, device: str, ranks: int, complaint: str
+    double: Any, monkeypatch: pytest.MonkeyPatch, installed: bool, device: str, ranks: int, complaint: str
 ) -> None:
+    require_vllm(torch.device("cpu"), 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     with pytest.raises(UserError, match=rf"^model\.vllm: {complaint}"):
         require_vllm(torch.device(device), ranks)
+
+
+def test_its_environment_is_the_users_first(double: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
+    require_vllm(torch.device("cpu"), 1)
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
-"""A stand-in for the package vllm: what the engine uses of its 0.33 interface, on transformers.
+"""A stand-in for the package vllm: what the engine uses of its interface, on transformers.
 
 It is as strict as vLLM where a mistake would pass unseen: unknown arguments are errors; the model is built from the
-config alone, with random weights; weights come by the names of a checkpoint and must be all there; memory that sleeps
-may not be used; what was computed with old weights is reused until the prefix cache is reset.
+config alone, with random weights; weights come by the names of a checkpoint and must be all there; a tied LM head stays
+as it was built, and some families have none of their own; memory that sleeps may not be used; what was computed with
+old weights is reused until the prefix cache is reset; the global generators are seeded at the start.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+ALWAYS_TIED = {"Gemma2ForCausalLM", "CohereForCausalLM"}  # their logits are the embeddings', in vLLM
 
 
 @dataclass
@@ -58,7 +61,8 @@ class RequestOutput:
 
 class LLM:
     made: list[LLM] = []  # noqa: RUF012
-    shift = 0.0  # added to the log-probs it reports
+    shift = 0.0  # added to the log-prob that it reports of each first token
+    noise_from: int | None = None  # weights that come as the so-manieth do not arrive
 
     def __init__(
         self, model: str, *, skip_tokenizer_init: bool, load_format: str, generation_config: str, dtype: str,
@@ -70,8 +74,12 @@ class LLM:
         self.config = AutoConfig.from_pretrained(model)
         assert not hasattr(self.config, "quantization_config")
         self.dtype = getattr(torch, dtype)
+        if self.config.architectures[0] in ALWAYS_TIED:
+            self.config.tie_word_embeddings = True
+        torch.manual_seed(99)
+        self.built = AutoModelForCausalLM.from_config(self.config)
         self.sleeps = enable_sleep_mode
-        self.closed = False
+        self.received, self.closed = 0, False
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shut_down))
         self.asleep: set[str] = set()
         self.weights: dict[str, Tensor] = {}
@@ -85,12 +93,22 @@ class LLM:
         assert "weights" not in self.asleep
         weights: Iterable[tuple[str, Tensor]] = kwargs["weights_iterator"]
         self.weights = {name: weight.clone().contiguous() for name, weight in weights}
+        self.received += 1
+        if self.config.tie_word_embeddings and "lm_head.weight" in self.weights:
+            raise ValueError("There is no module or parameter named 'lm_head'")
         with TemporaryDirectory() as folder:
             save_file(self.weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
             self.config.save_pretrained(folder)
             self.model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, output_loading_info=True)
         assert not any(found.values()), found
+        if self.noise_from is not None and self.received >= self.noise_from:
+            self.model = self.built
+        if self.config.tie_word_embeddings and self.config.architectures[0] not in ALWAYS_TIED:
+            self.model.lm_head.weight = nn.Parameter(self.built.lm_head.weight.detach())
         return [None]
+
+    def apply_model(self, func: Callable[[nn.Module], Any]) -> list[Any]:
+        return [func(self.built)]
 
     def _shut_down(self) -> None:
         self.closed = True
@@ -137,7 +155,7 @@ class LLM:
                 scaled = scaled.masked_fill(scaled < scaled.topk(settings.top_k).values[-1], -torch.inf)
             logprobs = scaled.log_softmax(-1)
             token = int(torch.multinomial(logprobs.exp(), 1, generator=generator))
-            found.append({token: Logprob(float(logprobs[token]) + self.shift)})
+            found.append({token: Logprob(float(logprobs[token]) + (0.0 if tokens else self.shift))})
             tokens.append(token)
         reason = "stop" if tokens[-1] in settings.stop_token_ids else "length"
         return CompletionOutput(tokens, None if settings.logprobs is None else found, reason)
@@ -148,6 +166,8 @@ def install(patch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("vllm")
     module.__spec__ = ModuleSpec("vllm", None)
     module.LLM, module.SamplingParams = LLM, SamplingParams
+    module.platforms = SimpleNamespace(current_platform=SimpleNamespace(device_type="cpu"))
     patch.setitem(sys.modules, "vllm", module)
+    patch.setitem(sys.modules, "vllm.platforms", module.platforms)
     patch.setattr(LLM, "made", [])
     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
