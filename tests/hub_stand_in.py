@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 TOKEN = "hf_standin"
 
 
@@ -69,10 +71,10 @@ class _Answers(BaseHTTPRequestHandler):
             self._send({"type": "user", "name": "me", "fullname": "Me", "orgs": [], "auth": {}})
         elif path == "/api/repos/create":
             self.server.created.append(json.loads(body))
-            self._send({"url": f"{self.server.address}/me/mine"})
+            self._send({"url": f"{self.server.address}/me/{self.server.created[-1]['name']}"})
         elif path == "/api/validate-yaml":
             self._send({"errors": [], "warnings": []})
-        elif path == "/api/models/me/mine/preupload/main":
+        elif path.startswith("/api/models/me/") and path.endswith("/preupload/main"):
             # As the hub: weights, and whatever is large, by the other way.
             files = [
                 {
@@ -83,7 +85,7 @@ class _Answers(BaseHTTPRequestHandler):
                 for file in json.loads(body)["files"]
             ]
             self._send({"files": files})
-        elif path == "/me/mine.git/info/lfs/objects/batch":
+        elif path.startswith("/me/") and path.endswith(".git/info/lfs/objects/batch"):
             objects = [
                 {
                     **one,
@@ -102,7 +104,7 @@ class _Answers(BaseHTTPRequestHandler):
             self._send({})
         elif path == "/verify":
             self._send({})
-        elif path == "/api/models/me/mine/commit/main":
+        elif path.startswith("/api/models/me/") and path.endswith("/commit/main"):
             for line in body.splitlines():
                 entry = json.loads(line)
                 value = entry["value"]
@@ -110,12 +112,29 @@ class _Answers(BaseHTTPRequestHandler):
                     self.server.files[value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
                     self.server.files[value["path"]] = self.server.large[value["oid"]]
-            address = f"{self.server.address}/me/mine/commit/{'0' * 40}"
+            name = path.split("/")[4]
+            address = f"{self.server.address}/me/{name}/commit/{'0' * 40}"
             self._send({"success": True, "commitUrl": address, "commitOid": "0" * 40})
         else:
             self._send({"error": f"unknown: {path}"}, 404, f"unknown: {path}")
 
     do_GET = do_POST = do_PUT = do_HEAD = _handle
+
+
+@contextmanager
+def reached(patch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that the client in this process speaks to, over git's large files rather than over Xet."""
+    from huggingface_hub import close_session, constants
+
+    with hub() as running:
+        patch.setattr(constants, "ENDPOINT", running.address)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr("time.sleep", lambda seconds: None)  # the client waits longer at each of its attempts
+        patch.setenv("HF_TOKEN", TOKEN)
+        close_session()
+        yield running
+    close_session()
 
 
 @contextmanager

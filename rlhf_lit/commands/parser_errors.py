@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
@@ -13,6 +15,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_lit.commands.renamed import successor
 from rlhf_lit.errors import UserError
@@ -26,6 +29,7 @@ _MISSING = re.compile(r"the following arguments are required: (.*)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)")
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$")
 _NO_SUBCLASS = re.compile(r"Subclasses are disabled for (?P<type>\w+), thus '(?:[\w.]*\.)?(?P<given>\w+)'")
+_NO_MEMBER = re.compile(r"Import path .*does not correspond to a subclass of (?P<type>\w+)")
 _NO_FIELDS = re.compile(r"Not a valid subclass of (?P<type>\w+)")
 _CHATTER = (
     "Does not validate against", "Subtypes:", "Errors:", "Given value type:", "Expected a path but",
@@ -77,10 +81,42 @@ def condense(message: str) -> str:
             value = match["value"] or value
         else:
             others.append(text)
+    # Of a union of families the others say that the class is none of theirs.
+    families = [match["type"] for text in others if (match := _NO_MEMBER.search(text))]
+    others = [text for text in others if not _NO_MEMBER.search(text)]
+    if families and not others:
+        return f"{where}: the class named is no {' or '.join(dict.fromkeys(families))}"
     if wanted and not others:
         got = f", got {value!r}" if value else ""
         return f"{where}: expected {' or '.join(dict.fromkeys(wanted))}{got}"
     return ": ".join(filter(None, [where, "; ".join(dict.fromkeys(others))]))
+
+
+@contextmanager
+def mendable() -> Iterator[None]:
+    """A ValueError from a constructor is the user's to mend (a β below zero), in one line.
+
+    Raises:
+        UserError: one.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError) as error:
+        if _hides_a_bug(error):
+            raise
+        raise UserError(condense(str(error))) from error
+
+
+def _hides_a_bug(error: BaseException) -> bool:
+    """The parser wraps whatever a constructor raises into a ValueError; only a ValueError inside is the user's."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        if not isinstance(cause, ValueError | MisconfigurationException | ArgumentError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def _findings(message: str) -> tuple[list[_Finding], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import draw, prompt_text
 from rlhf_lit.models.anatomy import context_length, unwrapped
-from rlhf_lit.models.rope import first_context, leaves_room
+from rlhf_lit.models.rope import first_context
 from rlhf_lit.preflight.sampler import prompts_of, sampler
+from rlhf_lit.rollout.engine import sample
 from rlhf_lit.rollout.rewards import RewardSource, shown
+from rlhf_lit.rollout.vllm_engine import VLLM, VLLMEngine
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,31 @@ def read_prompts(source: Source, on_bad_row: OnBadRow) -> tuple[list[Prompt], Ro
     return list(distinct.values()), report
 
 
-def fitting(prompts: Sequence[Prompt], module: SFT, template: Template, report: RowReport) -> list[Prompt]:
-    """Those that leave room for a response in the model's context; the others are counted.
+def fitting(
+    prompts: Sequence[Prompt], module: SFT, template: Template, report: RowReport, vllm: VLLM | None = None
+) -> list[Prompt]:
+    """Those that leave room for a response in the model's context, and in vLLM's; the others are counted.
 
     Raises:
         UserError: none does.
     """
-    policy, new_tokens = module.roles.policy, module.sampling.max_new_tokens
+    policy = module.roles.policy
     chat, kept = ChatFormat(module.tokenizer, template), []
+    limit = None if vllm is None else vllm.max_length
+    fewest = module.sampling.max_new_tokens or 1
     for prompt in prompts:
-        if not leaves_room(policy, len(chat.prompt(prompt.prompt, prompt.tools)), new_tokens):
+        length = len(chat.prompt(prompt.prompt, prompt.tools))
+        if not module.leaves_room(length):
             report.drop("over-long", prompt.row)
+        elif limit is not None and length + fewest > limit:
+            report.drop("over-long for vllm.max_length", prompt.row)
         else:
             kept.append(prompt)
     if not kept:
         raise UserError(
-            f"sampling.max_new_tokens: {new_tokens} new tokens leave no prompt of {report.file} room in the model's "
-            f"context of {first_context(unwrapped(policy)) or context_length(policy)}"
+            f"sampling.max_new_tokens: {fewest} new tokens leave no prompt of {report.file} "
+            f"room in the model's context of {first_context(unwrapped(policy)) or context_length(policy)}"
+            f"{'' if limit is None else f', or in vllm.max_length, {limit}'}"
         )
     return kept
 
@@ -108,17 +119,57 @@ def with_readable_gold(prompts: Sequence[Prompt], judges: Sequence[Judge], repor
     return kept
 
 
-def sampled(module: SFT, prompts: Sequence[Prompt], samples: int, template: Template, stream: int) -> Answers:
+def sampled(
+    module: SFT, prompts: Sequence[Prompt], samples: int, template: Template, stream: int, vllm: VLLM | None = None
+) -> Answers:
     """A model's own responses; see ``draw``.
 
+    Args:
+        module: the model, in eval mode.
+        prompts: what it answers.
+        samples: responses to each.
+        template: how conversations become text.
+        stream: keeps this round of sampling apart from another.
+        vllm: draw with vLLM, which is let go afterwards.
+
     Raises:
-        UserError: what the model generates is not drawn from its own distribution.
+        UserError: what the model generates is not drawn from its own distribution, or vLLM cannot draw it.
     """
     turns, tools = [prompt.prompt for prompt in prompts], [prompt.tools for prompt in prompts]
-    drawn, texts = draw(module, turns, samples, stream, template, tools)
-    require_own_distribution(module, drawn.sequences.select(torch.arange(0, len(drawn.sequences), samples)))
+    with drawing_with(module, vllm):
+        drawn, texts = draw(module, turns, samples, stream, template, tools)
+        require_own_distribution(module, drawn.sequences.select(torch.arange(0, len(drawn.sequences), samples)))
     ended = drawn.ended.cpu().double().numpy().reshape(len(prompts), samples)
     return Answers(texts, drawn.sequences.to("cpu"), ended)
+
+
+@contextmanager
+def drawing_with(module: SFT, vllm: VLLM | None) -> Iterator[None]:
+    """Inside the block the model's responses are drawn by vLLM; null leaves the module as it is.
+
+    Raises:
+        UserError: what vLLM does not do, by the options' names here.
+    """
+    if vllm is None:
+        yield
+        return
+    with by_own_names():
+        engine = VLLMEngine(vllm, module.base.trust_remote_code)
+        module.engine, module.vllm = engine, vllm
+        try:
+            yield
+        finally:
+            engine.close()
+            module.engine, module.vllm = sample, None
+
+
+@contextmanager
+def by_own_names() -> Iterator[None]:
+    """What an engine complains of has the keys of a training run: here the options have other names."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"\bmodel\.(?=vllm|sampling)", "", str(error))) from error
 
 
 def require_own_distribution(module: SFT, sequences: Sequences) -> None:
@@ -167,14 +218,18 @@ def read_answers(
             f"baseline: {source.label} has {min(map(len, chosen))} responses to some prompts and "
             f"{max(map(len, chosen))} to others; give every prompt as many"
         )
-    encoded = [
-        chat.answers(record.messages[:-1], [record.messages[-1:]], record.tools)[0]
-        for records_of in chosen
-        for record in records_of
-    ]
-    sequences = Sequences.pad([one.tokens for one in encoded], [one.mask for one in encoded])
+    sequences = encoded(
+        chat,
+        [(record.messages[:-1], record.messages[-1], record.tools) for records_of in chosen for record in records_of],
+    )
     texts = [[record.messages[-1].content.strip() for record in records_of] for records_of in chosen]
     return Answers(texts, sequences, None), report
+
+
+def encoded(chat: ChatFormat, answered: Sequence[tuple[Sequence[Message], Message, Sequence[Any]]]) -> Sequences:
+    """Prompts with an answer each, and the tools they may call, as tokens with the mask on the answer."""
+    found = [chat.answers(prompt, [[answer]], tools)[0] for prompt, answer, tools in answered]
+    return Sequences.pad([one.tokens for one in found], [one.mask for one in found])
 
 
 class Judge:

@@ -15,17 +15,21 @@ from rlhf_lit.data.records import OnBadRow, Source
 from rlhf_lit.data.sources import is_local_file
 from rlhf_lit.errors import UserError, say
 from rlhf_lit.evaluation import report
-from rlhf_lit.evaluation.answers import Judge
+from rlhf_lit.evaluation.answers import Judge, by_own_names
 from rlhf_lit.evaluation.best_of_n import check_sizes
 from rlhf_lit.evaluation.on_pairs import on_pairs
 from rlhf_lit.evaluation.on_prompts import check_vocabulary, on_prompts
+from rlhf_lit.evaluation.pair_judge import PairJudge
 from rlhf_lit.evaluation.report import Evaluation
+from rlhf_lit.evaluation.server_answers import require_server
 from rlhf_lit.evaluation.setup import Setup
 from rlhf_lit.files import append_rows, replace_file
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.quantization import Dtype
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel, RewardSource, RewardSum
+from rlhf_lit.rollout.server import Server
+from rlhf_lit.rollout.vllm_engine import VLLM, require_vllm
 from rlhf_lit.trainer.callbacks import environment
 from rlhf_lit.trainer.loggers import WandB
 
@@ -34,15 +38,16 @@ WANDB_SAMPLES = 256
 
 def evaluate(
     model: str,
-    baseline: str | None = None,
+    baseline: Server | str | None = None,
     reference: str | None = None,
-    judge: RewardSource | None = None,
-    gold: RewardSource | None = None,
+    judge: RewardSource | PairJudge | None = None,
+    gold: RewardSource | PairJudge | None = None,
     prompts: Source | None = None,
     pairs: Source | None = None,
     samples: int = 1,
     best_of: list[int] | None = None,
     sampling: Sampling = Sampling(),
+    vllm: VLLM | None = None,
     template: Template = "auto",
     on_bad_row: OnBadRow = "skip",
     dtype: Dtype = "float32",
@@ -55,15 +60,18 @@ def evaluate(
 
     Args:
         model: a run folder, an `hf/` folder or a hub name: a policy, or for `pairs` alone a reward model.
-        baseline: what its responses are compared with: another model, or a file of prompts and responses (.jsonl, …).
+        baseline: what its responses are compared with: another model, a file of prompts and responses (.jsonl, …), or a
+            server with OpenAI's interface.
         reference: the model that KL is measured to; a policy judges `pairs` by its log-ratio to it.
-        judge: what scores responses: decides who wins, and is the proxy that best-of-n chooses by.
+        judge: what scores responses: decides who wins, and is the proxy that best-of-n chooses by. Or what compares two
+            of them (ServerJudge): decides who wins.
         gold: a second judge, the truth beside the first one's.
         prompts: what is to be answered; the built-in world's are `playground`, split held_out.
         pairs: preference pairs, or a file in RewardBench's or RewardBench 2's shape.
         samples: responses to each prompt.
         best_of: the n of best-of-n, each at most `samples`.
         sampling: length and temperature of the responses. Of it, `rows_at_once` changes no result.
+        vllm: draw the responses of model and baseline with vLLM; null draws with transformers.
         template: how conversations become text, as in training.
         on_bad_row: `skip` counts and reports bad rows, `error` stops at the first.
         dtype: of the weights of model, baseline and reference.
@@ -88,9 +96,12 @@ def evaluate(
         dtype,
         micro_batch_tokens,
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        vllm,
     )
     sources = {name: source for name, source in (("judge", judge), ("gold", gold)) if source is not None}
-    _check(setup, baseline, reference, list(sources), prompts, pairs)
+    scoring = {name: source for name, source in sources.items() if isinstance(source, RewardSource)}
+    comparing = {name: source for name, source in sources.items() if isinstance(source, PairJudge)}
+    _check(setup, baseline, reference, list(sources), list(comparing), prompts, pairs)
     target = None if to is None else _free_folder(Path(to))
     found = Evaluation(
         model=Base(name=model).address,
@@ -101,6 +112,7 @@ def evaluate(
             "seed": seed,
             "samples": samples,
             "sampling": asdict(sampling),
+            **({} if vllm is None else {"vllm": asdict(vllm)}),  # another sampler draws other samples
             "template": template,
             "dtype": dtype,
             "intervals": report.INTERVALS,
@@ -109,8 +121,16 @@ def evaluate(
     if reference is not None:
         check_vocabulary(model, reference, setup)
     if prompts is not None:
-        judges = [Judge(name, source, micro_batch_tokens, setup.device) for name, source in sources.items()]
-        found = on_prompts(found, setup, model, baseline, reference, judges, prompts)
+        # Hours of sampling would be lost to a server that does not answer, or a package that is not there.
+        if vllm is not None:
+            with by_own_names():
+                require_vllm(setup.device, 1)
+        if isinstance(baseline, Server):
+            require_server(baseline, sampling)
+        for name, source in comparing.items():
+            source.prepare(name)
+        judges = [Judge(name, source, micro_batch_tokens, setup.device) for name, source in scoring.items()]
+        found = on_prompts(found, setup, model, baseline, reference, judges, comparing, prompts)
     if pairs is not None:
         found = on_pairs(found, setup, model, reference, pairs)
     for name, rows in found.files.items():
@@ -121,9 +141,10 @@ def evaluate(
 
 def _check(
     setup: Setup,
-    baseline: str | None,
+    baseline: Server | str | None,
     reference: str | None,
     judges: list[str],
+    comparing: list[str],
     prompts: Source | None,
     pairs: Source | None,
 ) -> None:
@@ -133,12 +154,24 @@ def _check(
     for name, value in (("samples", setup.samples), ("micro_batch_tokens", setup.micro_batch_tokens)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
-    idle = {"baseline": baseline is not None, "best_of": bool(setup.best_of), **dict.fromkeys(judges, True)}
+    if isinstance(baseline, str) and baseline.startswith(("http://", "https://", "{")):
+        raise UserError("baseline: a server is named by its parts: --baseline.base_url=URL --baseline.model=NAME")
+    idle = {
+        "baseline": baseline is not None,
+        "best_of": bool(setup.best_of),
+        "vllm": setup.vllm is not None,
+        **dict.fromkeys(judges, True),
+    }
     for name, given in idle.items():
         if given and prompts is None:
             raise UserError(f"{name}: it speaks of responses, and there are no prompts to answer: name --prompts.path")
     if baseline is not None and not judges:
         raise UserError("baseline: name a judge (--judge=RewardFromModel --judge.path=RUN), or nobody can win")
+    for name in comparing:
+        if baseline is None:
+            raise UserError(f"{name}: it compares responses with a baseline's, and there is none: name --baseline")
+    if setup.best_of and "judge" in comparing:
+        raise UserError("best_of: the judge compares responses and scores none; name one that scores, this as --gold")
     if setup.best_of and "judge" not in judges:
         raise UserError("best_of: name the judge that chooses (--judge=RewardFromModel --judge.path=RUN)")
     check_sizes(setup.best_of, setup.samples)
@@ -158,12 +191,16 @@ def _free_folder(folder: Path) -> Path:
     return folder
 
 
-def _address(baseline: str) -> str:
+def _address(baseline: Server | str) -> str:
+    if isinstance(baseline, Server):
+        return baseline.address
     return str(Path(baseline).absolute()) if is_local_file(baseline) else Base(name=baseline).address
 
 
-def in_words(source: RewardSource) -> str:
+def in_words(source: RewardSource | PairJudge) -> str:
     """What a judge is, for the record."""
+    if isinstance(source, PairJudge):
+        return source.in_words()
     if isinstance(source, RewardFromModel):
         return source.base.address
     if isinstance(source, RewardFromFunction):
@@ -189,7 +226,7 @@ def _write(found: Evaluation, target: Path | None, wandb: WandB | None) -> Path:
     if wandb is not None:
         wandb.use_folder(target, f"evaluate/{target.name}")
         wandb.log_hyperparams({key: numbers[key] for key in ("model", "baseline", "reference", "judges", "settings")})
-        parts = ("responses", "win_rates", "best_of_n", "kl", "pairs")
+        parts = ("responses", "win_rates", "verdicts", "best_of_n", "kl", "pairs")
         wandb.log_metrics(dict(report.flat({part: numbers[part] for part in parts})), step=0)
         if found.samples:
             wandb.log_samples(found.samples[:WANDB_SAMPLES], step=0)

@@ -56,6 +56,14 @@ def draw(
     return drawn, [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
 
+def transcript(turns: Sequence[Message]) -> str:
+    """A prompt as a judge elsewhere sees it, which knows no special tokens of ours: a single turn bare, a dialogue turn
+    by turn under the roles' names."""
+    if len(turns) == 1:
+        return turns[0].content
+    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
+
+
 def prompt_text(chat: ChatFormat, turns: Sequence[Message]) -> str:
     """A prompt as a judge and a reader see it: a single turn bare, a dialogue rendered."""
     return turns[0].content if len(turns) == 1 else chat.render_prompt(turns)

@@ -16,6 +16,7 @@ from rlhf_lit.models.base import Base
 from rlhf_lit.models.loading import load_causal_lm
 from rlhf_lit.models.quantization import Dtype
 from rlhf_lit.rollout.engine import Sampling
+from rlhf_lit.rollout.vllm_engine import VLLM
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Setup:
         dtype: of the weights.
         micro_batch_tokens: padded tokens that go through the device at once.
         device: where models work.
+        vllm: draw responses with vLLM; None draws with transformers.
     """
 
     samples: int
@@ -41,6 +43,7 @@ class Setup:
     dtype: Dtype
     micro_batch_tokens: int
     device: torch.device
+    vllm: VLLM | None = None
 
     def base(self, name: str) -> Base:
         """The model of that name, in the width asked for."""

@@ -18,7 +18,7 @@ class HeadToHead:
     Attributes:
         win_rate: wins + ½ ties.
         win, tie, loss: shares of the comparisons: the model's score is higher, equal, lower.
-        difference: score − baseline's score.
+        difference: score − baseline's score; by a judge of pairs wins − losses.
         length_difference: tokens − baseline's tokens.
         similar: share of the comparisons between responses whose lengths are within 10 % of the longer of the two.
         similar_win_rate: wins + ½ ties among those alone.
@@ -49,14 +49,25 @@ def head_to_head(scores: Array, baseline: Array, lengths: Array, baseline_length
         scores, lengths: [prompts, S] the model's, lengths in tokens.
         baseline, baseline_lengths: [prompts, S'] the baseline's.
     """
-    won, tied = wins(scores, baseline)
+    return head_to_head_of(*wins(scores, baseline), scores.mean(1) - baseline.mean(1), lengths, baseline_lengths)
+
+
+def head_to_head_of(won: Array, tied: Array, difference: Array, lengths: Array, baseline_lengths: Array) -> HeadToHead:
+    """The same of outcomes.
+
+    Args:
+        won, tied: [prompts, S, S'] whether, or how often, the model's sample wins, and ties.
+        difference: [prompts] how much better the model is.
+        lengths: [prompts, S] the model's, in tokens.
+        baseline_lengths: [prompts, S'] the baseline's.
+    """
     points = won + tied / 2
     longer = np.maximum(lengths[:, :, None], baseline_lengths[:, None, :])
     apart = lengths[:, :, None] - baseline_lengths[:, None, :]
     similar = (np.abs(apart) <= SIMILAR * longer).astype(float)
     near = similar.mean((1, 2))
     among = np.divide((points * similar).mean((1, 2)), near, out=np.zeros_like(near), where=near > 0)
-    difference, length_difference = scores.mean(1) - baseline.mean(1), lengths.mean(1) - baseline_lengths.mean(1)
+    length_difference = lengths.mean(1) - baseline_lengths.mean(1)
     return HeadToHead(
         win_rate=Estimate.bootstrap(points.mean((1, 2))),
         win=Estimate.bootstrap(won.mean((1, 2))),

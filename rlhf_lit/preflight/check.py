@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from rlhf_lit.errors import printable
 from rlhf_lit.models.anatomy import computes_in_half
 
 Verdict = Literal["ok", "skipped", "warning", "failed"]
@@ -76,7 +77,7 @@ def show(found: Sequence[Check], seconds: float) -> None:
     for check in found:
         said = f"{check.found}; {check.advice}" if check.verdict == "warning" else check.found
         verdict = (f"{check.verdict:<{widths[0]}}  ", STYLES[check.verdict])
-        console.print(Text.assemble(verdict, f"{check.name:<{widths[1]}}  {said}"))
+        console.print(Text.assemble(verdict, f"{check.name:<{widths[1]}}  {printable(said)}"))
     counts = {verdict: sum(check.verdict == verdict for check in found) for verdict in VERDICTS}
     others = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS[1:] if counts[verdict]]
     console.print(f"preflight: {', '.join([count(counts['ok'], 'check') + ' passed', *others])} in {seconds:.1f} s")

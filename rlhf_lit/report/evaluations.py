@@ -46,10 +46,21 @@ class Evaluated:
         """`judge` and `gold`, in words."""
         return {name: words.replace(*GOLD_BEFORE) for name, words in self.numbers["judges"].items()}
 
+    @cached_property
+    def scoring(self) -> list[str]:
+        """Those that score responses; judges of pairs compare them."""
+        return [name for name in self.judges if any(f"model/{name}" in line for line in self.lines)]
+
     @property
     def reward(self) -> str | None:
-        """The judge that counts: gold where there is one."""
-        return next((name for name in ("gold", "judge") if name in self.judges), None)
+        """The score that counts: gold where there is one."""
+        return next((name for name in ("gold", "judge") if name in self.scoring), None)
+
+    @property
+    def win_rate(self) -> dict[str, float | None] | None:
+        """Against the baseline, by the judge that counts: mean, low, high over prompts."""
+        rates = self.numbers["win_rates"]
+        return next((rates[name]["win_rate"] for name in ("gold", "judge") if name in rates), None)
 
     @property
     def reference(self) -> str | None:

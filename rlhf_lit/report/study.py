@@ -76,13 +76,13 @@ def facts(study: Study, run: Run) -> dict[str, float]:
     }
     evaluated = study.evaluations.get(run.folder)
     if evaluated is not None:
-        found |= {f"evaluation/{judge}": float(evaluated.table(judge).mean()) for judge in evaluated.judges}
+        found |= {f"evaluation/{judge}": float(evaluated.table(judge).mean()) for judge in evaluated.scoring}
         found["evaluation/length"] = float(evaluated.table("tokens").mean())
         if evaluated.kl and evaluated.kl["mean"] is not None:
             found["evaluation/kl_exact"] = evaluated.kl["mean"]
-        rate = evaluated.numbers["win_rates"].get(evaluated.reward)
-        if rate and study.baselines == 1:
-            found["evaluation/win_rate"] = float(rate["win_rate"]["mean"])
+        rate = evaluated.win_rate
+        if rate and rate["mean"] is not None and study.baselines == 1:
+            found["evaluation/win_rate"] = rate["mean"]
     return found
 
 
@@ -109,8 +109,7 @@ def _measure(study: Study, arm: Arm, name: str) -> tuple[OverSeeds, Estimate | N
     if column == "kl_exact":
         return over_seeds, mean_interval([one.kl for one in evaluated if one.kl])
     if column == "win_rate":
-        rates = [one.numbers["win_rates"][one.reward]["win_rate"] for one in evaluated if one.numbers["win_rates"]]
-        return over_seeds, mean_interval(rates)
+        return over_seeds, mean_interval([one.win_rate for one in evaluated if one.win_rate])
     column = "tokens" if column == "length" else column
     return over_seeds, mean_over_prompts([one.table(column) for one in evaluated])
 

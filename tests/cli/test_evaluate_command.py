@@ -157,6 +157,8 @@ REFUSED: list[tuple[list[str], str]] = [
     (["tiny", *PROMPTS, "--best_of=[1]"], "best_of: name the judge that chooses"),
     (["tiny", *PROMPTS, *FUNCTION, "--samples=2", "--best_of=[1,4]"], "best_of: 4 is more than the 2 samples"),
     (["tiny", *PROMPTS, "--samples=0"], "samples must be at least 1, not 0"),
+    (["tiny", *PROMPTS, "--sampling.temperature=0"], "sampling.temperature must be greater than 0, not 0.0"),
+    (["tiny", *PROMPTS, "--judge=RegexReward", "--judge.pattern=("], "reward.pattern: '(' is no regular expression"),
     (["tiny", *PROMPTS, "--judge=Nobody"], "judge: there is no class named 'Nobody'"),
     (["tiny", *PROMPTS, "--judge=RewardFromModel", "--judge.path=tiny"], "tiny is no reward model"),
     (["tiny", *PROMPTS, "--judge=RewardFromFunction", "--judge.function=test_evaluate_command.broken"],

@@ -321,12 +321,22 @@ def test_the_critic_took_over_the_reward_models_adapter(adapters: tuple[str, Pat
 # --- every shipped config --------------------------------------------------------------------------------------------
 
 
+def of_each_kind() -> list[Path]:
+    """One of the shipped configs for each kind of model, data and base."""
+    found: dict[tuple[object, ...], Path] = {}
+    for path in SHIPPED:
+        config = yaml.safe_load(path.read_text())
+        model, data = config["model"], config["data"]
+        found.setdefault((model["class_path"], data["class_path"], "lora" in model["init_args"]["base"]), path)
+    return list(found.values())
+
+
 @pytest.mark.parametrize("overlay", [None, "debug", "lora", "qlora", "12gb", "wandb"])
-def test_every_shipped_config_prints_with_every_overlay(
+def test_every_shipped_config_prints_and_one_of_each_kind_with_every_overlay(
     here: Path, overlay: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT)  # as from the repository's root, where a config names a test's reward function
-    for path in SHIPPED:
+    for path in of_each_kind() if overlay else SHIPPED:
         extra = ["--config", OVERLAYS / f"{overlay}.yaml"] if overlay else []
         printed, _ = command("fit", "--config", path, *extra, "--print_config")
         config = yaml.safe_load(printed)

@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from rlhf_lit.__main__ import main
+from rlhf_lit.commands.training import RunCLI
 
 CODE = """
 import runpy, sys
@@ -60,3 +64,16 @@ def test_a_run_makes_its_step_without_loggers_it_has_not(held: list[set[str]]) -
     """peft is there all the same: transformers' schedules bring it."""
     assert {"torch", "pyarrow", "transformers.models.llama.modeling_llama"} <= held[2]
     assert not {"wandb", "tensorboard", "sklearn", "vllm", "datasets", "pandas"} & held[2]
+
+
+def test_of_the_parsers_that_lightning_has_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    make = RunCLI._prepare_subcommand_parser
+
+    def recorded(cli: RunCLI, klass: type, subcommand: str, **options: Any) -> Any:
+        made.append(subcommand)
+        return make(cli, klass, subcommand, **options)
+
+    monkeypatch.setattr(RunCLI, "_prepare_subcommand_parser", recorded)
+    assert main(["validate", "--help"]) == 0
+    assert made == ["validate"]

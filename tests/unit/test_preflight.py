@@ -249,8 +249,8 @@ def test_answers_are_short(place: Place) -> None:
     module.sampling = Sampling(max_new_tokens=5000)
     lengths, own = [], module.respond
 
-    def respond(prompts: PromptBatch) -> Samples:
-        samples = own(prompts)
+    def respond(prompts: PromptBatch, at_most: int) -> Samples:
+        samples = own(prompts, at_most=at_most)
         lengths.append(int(samples.sequences.mask.sum(-1).max()))
         return samples
 

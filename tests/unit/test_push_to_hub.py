@@ -29,18 +29,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that the client in this process speaks to, over git's large files rather than over Xet."""
-    from huggingface_hub import close_session, constants
-
-    with hub_stand_in.hub() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits longer at each of its attempts
-        monkeypatch.setenv("HF_TOKEN", hub_stand_in.TOKEN)
-        close_session()
+    """The stand-in, reached by the client in this process."""
+    with hub_stand_in.reached(monkeypatch) as running:
         yield running
-    close_session()
 
 
 @pytest.mark.parametrize("option", ["--push_to_hub", "--push-to-hub"])

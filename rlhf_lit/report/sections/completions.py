@@ -41,7 +41,7 @@ def _of_evaluations(study: Study) -> tuple[dict[str, dict[str, Response]], str]:
         found[arm.label] = {}
         for line in one.lines:
             if line["sample"] == 0 and "model" in line:
-                scores = [f"{judge} {number(float(line[f'model/{judge}']))}" for judge in one.judges]
+                scores = [f"{judge} {number(float(line[f'model/{judge}']))}" for judge in one.scoring]
                 notes = [_seed(run.seed), *scores, f"{line['model/tokens']} tokens"]
                 found[arm.label][line["prompt"]] = Response(arm.label, line["model"], " · ".join(notes))
     return found, "From the evaluations' samples.jsonl: the first sample of the first seed of each arm."

@@ -112,6 +112,26 @@ def test_gold_is_what_counts_where_there_is_a_judge_too(tmp_path: Path) -> None:
     assert frontier(study).tables[0].rows[0][3].text == "0.5"
 
 
+def test_a_judge_of_pairs_tells_who_wins_and_scores_nothing(tmp_path: Path) -> None:
+    """Beside a judge that scores, and alone."""
+    rate = {"mean": 0.75, "low": 0.5, "high": 1.0}
+    compared = {"baseline": "base", "win_rates": {"gold": {"win_rate": rate}}}
+    for name, scored in (("alone", []), ("beside", ["judge"])):
+        run = made(tmp_path / name, DPO)
+        plain = [{key: value for key, value in line.items() if key != "model/gold"} for line in lines([1, 0])]
+        plain = [{**line, **dict.fromkeys((f"model/{judge}" for judge in scored), 7.0)} for line in plain]
+        judges = {"gold": "teacher at http://a/v1", **dict.fromkeys(scored, "some")}
+        write_evaluation(run.folder / "evaluation", run, plain, **compared, judges=judges)
+        study = study_of([run], comparable([run])[0])
+        assert study.reward == (scored[0] if scored else None)
+        rates, over_prompts = fact(study, study.arms[0], "evaluation/win_rate")
+        assert rates.values == (0.75,)
+        assert over_prompts is not None
+        assert (over_prompts.low, over_prompts.high) == (0.5, 1.0)
+        page = render(study, [frontier(study), win_rates(study), lengths(study), completions(study)])
+        assert ("judge 7" in page) == bool(scored)
+
+
 def test_an_evaluation_beside_a_run_is_found_by_its_model(tmp_path: Path) -> None:
     runs = [made(tmp_path / f"version_{i}", changed(DPO, seed_everything=i)) for i in range(2)]
     write_evaluation(tmp_path / "evaluated", runs[1], lines([1, 0]))
