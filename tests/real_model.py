@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a few real rows, and the command line inside this process: what the tests of ``real`` share."""
+"""SmolLM2-135M-Instruct, a few real rows, and the command line inside this process, for the tests in ``real``."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Place:
 # A checkpoint of all weights has 1.6 GB: the last step's alone.
 CPU = (
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.cache=null",
-    "--checkpoint.every_n_train_steps=100", "--seed_everything=0", "--preflight=false",
+    "--checkpoint.every_n_train_steps=100", "--seed_everything=0",
 )  # fmt: skip
 
 

@@ -89,6 +89,7 @@ NOISE = (
     r"The number of training batches .* is smaller than the logging interval",
     r"Found \d+ module\(s\) in eval mode",  # DPO and PPO train without dropout, and frozen models stay in eval
     r"You have overridden `on_before_batch_transfer`",  # the module adds the cached reference's log-probs there
+    r"`max_epochs` was not set",  # said in our own words, and not where data.episodes is set
     r"`is_gradient_checkpointing` is deprecated",  # asked by peft, not by us
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
@@ -196,6 +197,8 @@ class RunCLI(LightningCLI):
         for note in check_keys(self.documents, config):
             say(f"note: {note}")
         _check_trainer(config.trainer)
+        if self.subcommand == "fit" and (length := progress.note_on_length(config.trainer, config.data.init_args)):
+            say(f"note: {length}")
         if config.name is None:
             config.name = config.model.class_path.rsplit(".", 1)[-1].lower()
         parent = runs.run_parent(config.runs, config.name)

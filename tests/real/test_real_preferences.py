@@ -68,7 +68,8 @@ def test_scores_of_a_file_are_those_that_plain_transformers_gives(place: Place, 
     bias = json.loads((place.folder / "judge" / "reward.json").read_text())["bias"]
     for row in found[:4]:
         for side in ("chosen", "rejected"):
-            tokens = torch.tensor([sum(rendered(row, row[side]), [])])
+            prompt, answer = rendered(row, row[side])
+            tokens = torch.tensor([prompt + answer])
             with torch.no_grad():
                 theirs = float(judge(input_ids=tokens).logits[0, 0]) + bias
             assert theirs == pytest.approx(row[f"score_{side}"], abs=2e-3)
