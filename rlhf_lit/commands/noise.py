@@ -20,6 +20,7 @@ NOISE = (
     r"The number of training batches .* is smaller than the logging interval",
     r"Found \d+ module\(s\) in eval mode",  # DPO and PPO train without dropout, and frozen models stay in eval
     r"You have overridden `on_before_batch_transfer`",  # the module adds the cached reference's log-probs there
+    r"`max_epochs` was not set",  # said in our own words, and not where data.episodes is set
     r"`is_gradient_checkpointing` is deprecated",  # asked by peft, not by us
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )

@@ -209,6 +209,8 @@ class RunCLI(LightningCLI):
         for note in check_keys(self.documents, config):
             say(f"note: {note}")
         _check_trainer(config.trainer)
+        if self.subcommand == "fit" and (length := progress.note_on_length(config.trainer, config.data.init_args)):
+            say(f"note: {length}")
         if config.name is None:
             config.name = config.model.class_path.rsplit(".", 1)[-1].lower()
         parent = runs.run_parent(config.runs, config.name)

@@ -39,7 +39,7 @@ from rlhf_lit.preflight.models import (
 from rlhf_lit.preflight.rewards import scores_alone, scores_vary
 from rlhf_lit.preflight.sampler import prompts_of, sampler
 from rlhf_lit.preflight.text import text_kept
-from rlhf_lit.preflight.tokens import one_bos, supervised_eos, supervised_tokens
+from rlhf_lit.preflight.tokens import Marks, one_bos, supervised_eos, supervised_tokens
 from rlhf_lit.rollout.collect import raw_scores, score_pass
 from rlhf_lit.rollout.engine import Samples
 
@@ -101,9 +101,10 @@ def token_checks(module: Algorithm, batch: Batch | PromptBatch, rows: Sequence[i
     Raises:
         UserError: a kind of batch of the user's own, whose answers cannot be told apart by row.
     """
-    bos, stops = module.tokenizer.bos_token_id, _stops(module)
+    stops = _stops(module)
+    marks = Marks.of(module.tokenizer, stops)
     if isinstance(batch, PromptBatch):
-        yield one_bos([batch.prompts], rows, bos, stops)
+        yield one_bos([batch.prompts], rows, marks)
         return
     sides = batch.answers()
     if not sides:
@@ -115,7 +116,7 @@ def token_checks(module: Algorithm, batch: Batch | PromptBatch, rows: Sequence[i
             f"{name}.answers(): {' and '.join(str(len(side)) for side in sides)} sequences for {len(rows)} rows; say "
             f"in {name}.rows_of_answers() which row each belongs to"
         )
-    yield one_bos(sides, rows, bos, stops)
+    yield one_bos(sides, rows, marks)
     supervised = supervised_tokens(sides, rows)
     yield supervised
     if supervised.verdict == "ok":

@@ -33,7 +33,7 @@ from rlhf_lit.playground import World
 from rlhf_lit.preflight.callback import Preflight, merged
 from rlhf_lit.preflight.check import Check, show
 from rlhf_lit.preflight.checks import ANSWER_TOKENS, checks
-from rlhf_lit.preflight.tokens import one_bos
+from rlhf_lit.preflight.tokens import Marks, one_bos
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel
 
@@ -313,10 +313,13 @@ def test_faults_in_tokens(kind: type[SFTDataModule], name: str, line: str, place
 
 
 def test_a_template_with_a_bos_in_each_turn(place: Place) -> None:
-    """In demonstrations and in the prompts of a rollout."""
+    """In demonstrations and in the prompts of a rollout a marker of turns is no surplus; two side by side are."""
     for run in (sft, ppo):
         module, data = run(place)
         module.tokenizer.chat_template = BOS_EACH_TURN
+        assert caught(found(*ready(module, data))) == set()
+        module, data = run(place)
+        module.tokenizer.chat_template = BOS_EACH_TURN.replace("bos_token", "bos_token + bos_token")
         every = found(*ready(module, data))
         assert caught(every) == {"one BOS"}
         assert "40 of 40 rows" in every["one BOS"].found
@@ -327,18 +330,30 @@ def rows_of(*rows: list[int], supervised: int = 1) -> Sequences:
 
 
 def test_where_a_bos_may_stand() -> None:
-    bos, eos = 1, 2
+    bos, eos, blank = 1, 2, 9
 
-    def verdict(*rows: list[int], stops: tuple[int, ...] = (eos,), bos: int | None = bos) -> str:
-        return one_bos([rows_of(*rows)], list(range(len(rows))), bos, stops).verdict
+    def verdict(
+        *rows: list[int], stops: tuple[int, ...] = (eos,), bos: int | None = bos, opens_turns: bool = False
+    ) -> str:
+        marks = Marks(bos, stops, lambda token: token == blank, opens_turns)
+        return one_bos([rows_of(*rows)], list(range(len(rows))), marks).verdict
 
     assert verdict([bos, 5, 6, eos]) == "ok"
     assert verdict([5, 6, eos]) == "ok"
     assert verdict([bos, 5, eos, bos, 6, eos]) == "ok", "a template that opens each exchange with one"
+    assert verdict([bos, 5, eos, blank, bos, 6, eos, blank, blank, bos, 7, eos]) == "ok", "ChatML, whose turns end so"
+    assert verdict([blank, bos, 5, eos]) == "ok"
     assert verdict([bos, bos, 5, eos]) == "failed"
+    assert verdict([bos, bos, 5, eos, blank, bos, 6, eos]) == "failed"
+    assert verdict([bos, blank, bos, 5, eos]) == "failed"
+    assert verdict([bos, 5, eos, bos, bos, 6, eos]) == "failed"
     assert verdict([bos, 5, bos, 6, eos]) == "failed"
+    assert verdict([bos, 5, blank, bos, 6, eos]) == "failed", "a turn that begins with a rendered conversation"
     assert verdict([bos, 5, bos, 6, eos], [bos, 5, eos], [bos, 6, eos]) == "warning", "the text of one row"
     assert verdict([3, 3, 5, eos], bos=None) == "ok"
+    # A template that opens turns with it and closes none.
+    assert verdict([bos, 5, bos, 6, eos], opens_turns=True) == "ok"
+    assert verdict([bos, bos, 5, bos, 6, eos], opens_turns=True) == "failed"
     # One token for both: what closes a turn must not be taken for a second BOS.
     assert verdict([2, 5, 2, 6, 2], bos=2) == "ok"
     assert verdict([2, 5, 2, 2, 6, 2], bos=2) == "ok"
