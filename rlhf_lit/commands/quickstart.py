@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 from rlhf_lit import playground
 from rlhf_lit.commands import playground as pairs
 from rlhf_lit.commands import training
+from rlhf_lit.commands.shipped import folder
 from rlhf_lit.commands.training import Parser
-from rlhf_lit.errors import UserError
 from rlhf_lit.models.base import Base
 
 if TYPE_CHECKING:
     from rlhf_lit.evaluation.scoreboard import Row
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 FOLDER = Path("runs/quickstart")
 LABELS = {
     "base": "base (untrained)",
@@ -46,13 +45,8 @@ def run(overlays: list[str] | None = None, world: playground.World = playground.
 
     Returns:
         The scoreboard's JSON file.
-
-    Raises:
-        UserError: the configs are not beside the package (it was not installed from a checkout).
     """
-    if not CONFIGS.is_dir():
-        raise UserError(f"quickstart: no configs in {CONFIGS}; run it from a checkout (pip install -e .)")
-    started = time.perf_counter()
+    started, configs = time.perf_counter(), folder("configs")
     extra = [f"--config={overlay}" for overlay in overlays or []]
     default = playground.World()
     changed = {name: value for name, value in asdict(world).items() if value != getattr(default, name)}
@@ -60,7 +54,7 @@ def run(overlays: list[str] | None = None, world: playground.World = playground.
     def fit(algorithm: str) -> None:
         print(f"\n── {algorithm} ──")
         worlds = [option for rows in WORLDLY.get(algorithm, ()) for option in _options(f"data.{rows}.world", changed)]
-        training.main(["fit", f"--config={CONFIGS / algorithm / 'quickstart.yaml'}", *extra, *worlds])
+        training.main(["fit", f"--config={configs / algorithm / 'quickstart.yaml'}", *extra, *worlds])
 
     fit("sft")
     for split, file in (("train", "pairs.jsonl"), ("held_out", "pairs_held_out.jsonl")):

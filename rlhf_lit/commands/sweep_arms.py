@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from rlhf_lit.commands.parser_errors import check_keys, read_configs, read_options
+from rlhf_lit.commands.shipped import with_files
 from rlhf_lit.commands.training import RunCLI
 from rlhf_lit.commands.training import main as run_command
 from rlhf_lit.errors import UserError
@@ -40,6 +41,7 @@ class Check(RunCLI):
 
     def again(self, argv: list[str]) -> None:
         """Another command through the same parser, which takes longer to build than to use."""
+        argv = with_files(argv)
         self.documents = [*read_configs(argv), *read_options(argv)]
         self.parse_arguments(self.parser, argv)
         self.before_instantiate_classes()

@@ -34,6 +34,7 @@ from rlhf_lit import runs
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.commands.parser_errors import check_keys, condense, read_configs, read_options, refuse_ambiguous
 from rlhf_lit.commands.renamed import require_present_names
+from rlhf_lit.commands.shipped import with_files
 from rlhf_lit.data.modules import TextDataModule
 from rlhf_lit.errors import UserError, is_live, say
 from rlhf_lit.files import check_yaml
@@ -126,10 +127,12 @@ class Parser(LightningArgumentParser):
         it: None, which is a text in YAML.
 
         Raises:
-            UserError: a config or an option with a key that is there twice, or with aliases that have no end.
+            UserError: no such config; one with a key that is there twice, or with aliases that have no end, and
+                likewise of an option.
         """
         if self.exit_on_error:
-            refuse_ambiguous(sys.argv[1:] if args is None else args)
+            args = with_files(sys.argv[1:] if args is None else args)
+            refuse_ambiguous(args)
         if not self.exit_on_error and args is not None:
             args = [_as_yaml(word) for word in args]
         return super().parse_args(args, *rest, **options)
@@ -155,6 +158,7 @@ class RunCLI(LightningCLI):
     """
 
     def __init__(self, argv: list[str]) -> None:
+        argv = with_files(argv)
         self.documents = [*read_configs(argv), *read_options(argv)]
         require_present_names(self.documents)
         self.folder: Path | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -195,8 +194,7 @@ def _budget(batch: Any) -> int:
 
 def _sampled(module: OnPolicy, prompts: PromptBatch) -> Iterator[Check]:
     """The checks that need answers: one is drawn to each prompt, with the noise that evaluations use."""
-    with _short_answers(module):
-        samples = module.respond(prompts)
+    samples = module.respond(prompts, at_most=ANSWER_TOKENS)
     yield sampler(module, prompts.prompts)
     texts = module.response_texts(samples)
     sequences, budget = samples.sequences, prompts.micro_batch_tokens
@@ -251,14 +249,3 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
     finally:
         for name, part in module.named_modules():
             part.training = modes[name]
-
-
-@contextmanager
-def _short_answers(module: OnPolicy) -> Iterator[None]:
-    """No answer longer than ``ANSWER_TOKENS`` for the time of the block."""
-    own = module.sampling
-    module.sampling = replace(own, max_new_tokens=min(own.max_new_tokens, ANSWER_TOKENS))
-    try:
-        yield
-    finally:
-        module.sampling = own

@@ -40,7 +40,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "rollout": (
         {*BATCHES, "models", SHARDING},
-        MODELS | {"vllm", "math_verify", "if_verifiable", "langdetect", "nltk", "pysbd", "reasoning_gym"},
+        MODELS
+        | {"vllm", "math_verify", "if_verifiable", "langdetect", "nltk", "pysbd", "reasoning_gym", "vaderSentiment"},
     ),
     "data": (
         {*GROUND, "runs", "batches", "playground", "rollout.loop"},
