@@ -158,7 +158,6 @@ class RunCLI(LightningCLI):
         require_present_names(self.documents)
         self.folder: Path | None = None
         self.resumed = False
-        self.asked = argv[0]
         super().__init__(
             model_class=Algorithm,
             datamodule_class=TextDataModule,
@@ -190,10 +189,6 @@ class RunCLI(LightningCLI):
         )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutDump, "debug")
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that was asked for: the parsers of the others take as long to build."""
-        return {self.asked: super().subcommands()[self.asked]}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-BOS_EACH_TURN = "{% for m in messages %}{{ bos_token + m['content'] }}{% endfor %}"
+BOS_EACH_TURN = "{% for m in messages %}{{ bos_token + bos_token + m['content'] }}{% endfor %}"
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -46,7 +46,7 @@ def test_a_failed_check_is_one_line_and_no_checkpoint(run: Callable, place: Path
     assert answer.status == 2
     line = answer.err.splitlines()[-1]
     assert line.startswith("error: preflight: one BOS: a second one in 32 of 32 rows, first in row ")
-    assert line.endswith("(data.template); or preflight: false to go on without")
+    assert line.endswith("(data.template); to go on without it, preflight: {skip: [one BOS]}")
     assert "Traceback" not in answer.err
     assert any(said.startswith("failed  one BOS") for said in answer.out.splitlines())
     assert not list(place.rglob("*.ckpt"))

@@ -32,7 +32,8 @@ from rlhf_lit.models.roles import Critic
 from rlhf_lit.playground import World
 from rlhf_lit.preflight.callback import Preflight, merged
 from rlhf_lit.preflight.check import Check, show
-from rlhf_lit.preflight.checks import ANSWER_TOKENS, checks
+from rlhf_lit.preflight.checks import checks
+from rlhf_lit.preflight.rows import ANSWER_TOKENS, Looked
 from rlhf_lit.preflight.tokens import Marks, one_bos
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel
@@ -161,7 +162,7 @@ ROLLOUT = [
 ]
 EXPECTED = {
     sft: [*TOKENS, "sampler", "starting loss"],
-    reward_model: TOKENS,
+    reward_model: [*TOKENS, "starting loss"],
     dpo: [*TOKENS, "sampler", "KL = 0", "reference", "loss at step 0"],
 }
 
@@ -617,7 +618,7 @@ def test_faults_in_a_reward_model(place: Place) -> None:
         module.reward.model.score.weight.fill_(math.nan)  # type: ignore[union-attr]
     every = found(module, data)
     assert caught(every) == {"reward scores"}
-    assert "reward alone" not in every
+    assert every["reward alone"].verdict == "skipped"
 
 
 # --- the callback ----------------------------------------------------------------------------------------------------
@@ -666,7 +667,7 @@ def test_a_failed_check_stops_the_run_before_its_first_batch(
         fit(module, data, tmp_path)
     line = str(stop.value)
     assert line.startswith("preflight: loss at step 0: -0.693147, Backwards starts at 0.693147; policy and reference ")
-    assert line.endswith("; or preflight: false to go on without")
+    assert line.endswith("; to go on without it, preflight: {skip: [loss at step 0]}")
     assert "\n" not in line
     assert not list(tmp_path.rglob("*.ckpt"))
     said = capsys.readouterr().out.splitlines()
@@ -740,9 +741,14 @@ def test_ranks_look_at_rows_of_their_own(place: Place) -> None:
 
 def test_a_line_holds_what_a_row_said(capsys: pytest.CaptureFixture[str]) -> None:
     """Brackets are markup to rich, and long lines are cut by it."""
-    show([Check("one", "failed", "[bold]raises[/bold] " + 200 * "x"), Check("other", "warning", "b", "do")], 0.25)
+    show(
+        [Check("one", "failed", "[bold]raises[/bold] " + 200 * "x"), Check("other", "warning", "b", "do")],
+        Looked(8, 2, 1234),
+        0.25,
+    )
     assert capsys.readouterr().out.splitlines() == [
         "failed   one    [bold]raises[/bold] " + 200 * "x",
         "warning  other  b; do",
-        "preflight: 0 checks passed, 1 warning, 1 failed in 0.2 s",
+        "preflight: 0 checks passed, 1 warning, 1 failed in 0.2 s (8 rows read; 2 rows through the models, "
+        "1,234 tokens a pass)",
     ]
