@@ -1,4 +1,4 @@
-"""The experiment with a real model: its instructions can be checked and followed, its commands parsed, its numbers right."""
+"""The experiment with a real model: instructions that can be checked, commands that parse, tables that are right."""
 
 from __future__ import annotations
 
