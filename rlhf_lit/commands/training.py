@@ -45,6 +45,7 @@ from rlhf_lit.losses.preference import PreferenceLoss
 from rlhf_lit.memory.phases import is_out_of_memory, out_of_memory, phase_of
 from rlhf_lit.parallel.faults import RANK_LOST, how_to_go_on, is_lost_connection
 from rlhf_lit.preflight.callback import Preflight
+from rlhf_lit.preflight.check import LeftOut
 from rlhf_lit.trainer import loggers, progress, strategies
 from rlhf_lit.trainer.callbacks import Checkpoint, HFExport, PredictionWriter, RolloutDump, RunRecord, SampleWriter
 from rlhf_lit.trainer.preemption import Preemption
@@ -145,8 +146,9 @@ class RunCLI(LightningCLI):
     """The command line of the four training commands.
 
     Beside Lightning's keys a config has ``name`` and ``runs`` (where the run's folder stands), ``preflight`` (whether
-    it is checked before its first step) and ``checkpoint`` (how often to save). ``--ckpt_path last`` continues the
-    newest run of that name that has a checkpoint, in its folder; ``last-or-none`` starts one where there is none.
+    it is checked before its first step, or by which checks not) and ``checkpoint`` (how often to save). ``--ckpt_path
+    last`` continues the newest run of that name that has a checkpoint, in its folder; ``last-or-none`` starts one where
+    there is none.
     """
 
     shown: str | None = None  # the command's name, where it is another than that of the trainer's function
@@ -185,7 +187,10 @@ class RunCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the runs.")
         # Known to all four commands, since a run's config.yaml serves them all.
         parser.add_argument(
-            "--preflight", type=bool, default=True, help="Check rows, models and rewards before the first step of fit."
+            "--preflight",
+            type=bool | LeftOut,
+            default=True,
+            help="Check rows, models and rewards before the first step of fit; {skip: [NAME, …]} leaves some out.",
         )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutDump, "debug")
@@ -238,8 +243,9 @@ class RunCLI(LightningCLI):
         plugins = _as_list(settings.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeFiles())
-        if self.subcommand == "fit" and config.preflight:  # before the callbacks that show or write anything
-            callbacks.append(Preflight())
+        left_out: LeftOut | bool = self._get(self.config_init, "preflight")
+        if self.subcommand == "fit" and left_out:  # before the callbacks that show or write anything
+            callbacks.append(Preflight(LeftOut() if left_out is True else left_out))
         try:
             return super().instantiate_trainer(
                 default_root_dir=str(folder.absolute()),

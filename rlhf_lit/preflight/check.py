@@ -62,10 +62,11 @@ class LeftOut:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        names = {name.lower(): name for name in NAMES}
         for name in self.skip:
             if name not in NAMES:
-                near = get_close_matches(name, NAMES, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NAMES)}"
+                near = get_close_matches(name.lower(), names, n=1)
+                hint = f"did you mean {names[near[0]]!r}?" if near else f"there are {', '.join(NAMES)}"
                 raise UserError(f"preflight.skip: there is no check {name!r}; {hint}")
 
     def unless(self, name: str, check: Callable[[], Check]) -> Check:

@@ -31,9 +31,9 @@ from rlhf_lit.models.loading import load_tokenizer
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.playground import World
 from rlhf_lit.preflight.callback import Preflight, merged
-from rlhf_lit.preflight.check import Check, show
+from rlhf_lit.preflight.check import NAMES, Check, LeftOut, show
 from rlhf_lit.preflight.checks import checks
-from rlhf_lit.preflight.rows import ANSWER_TOKENS, Looked
+from rlhf_lit.preflight.rows import ANSWER_TOKENS, Looked, around_answers, within
 from rlhf_lit.preflight.tokens import Marks, one_bos
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel
@@ -42,6 +42,7 @@ WORLD = World(demonstrations=40, prompts=40)
 IN_WORLD = Source("playground", world=WORLD)
 SETTINGS: dict[str, Any] = {"batch_size": 8, "cache": None, "max_length": 96}
 ADAPTER = LoRA(rank=4)
+LONG = 480  # tokens of a row, where rows are to be long
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(PLAYGROUND)
+    config.max_position_embeddings = 2 * LONG
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
@@ -231,6 +233,109 @@ def test_it_leaves_everything_as_it_was(place: Place) -> None:
     assert modes == {name: part.training for name, part in module.named_modules()}
     assert module.sampling is sampling  # type: ignore[union-attr]
     assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_each_check_can_be_left_out(run: Run, place: Place) -> None:
+    """And is then not made: nothing of it is computed."""
+    module, data = ready(*run(place))
+    names = EXPECTED.get(run, ROLLOUT)
+
+    def forbidden(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError
+
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            part.register_forward_pre_hook(forbidden)
+    every = list(checks(module, data, left_out=LeftOut(tuple(names))))
+    assert [check.name for check in every] == names
+    assert {check.verdict for check in every} == {"left out"}
+
+
+def test_all_names_are_known_and_in_the_docs() -> None:
+    """What can be left out is what can be made."""
+    assert set(NAMES) == {name for run in RUNS for name in EXPECTED.get(run, ROLLOUT)}
+    page = (Path(__file__).parents[2] / "docs" / "preflight.md").read_text()
+    rows = [line.split("|")[1].split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert list(dict.fromkeys(rows)) == list(NAMES)
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------
+
+
+def count_tokens(module: nn.Module, counted: list[int]) -> None:
+    """Note the tokens of each pass through an embedding of the module."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            part.register_forward_pre_hook(lambda _, inputs: counted.append(inputs[0].numel()))
+
+
+def long_rows(tokenizer: Any, folder: Path) -> Source:
+    """Rows whose prompt and answers take about half of ``LONG`` tokens each."""
+    word = "the"
+    half = " ".join([word] * (LONG // 2 // len(tokenizer(f" {word}", add_special_tokens=False).input_ids)))
+    row = {"prompt": half, "completion": half, "chosen": half, "rejected": f"{half} {word}"}
+    (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(16)))
+    return Source(str(folder / "long.jsonl"))
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTER], ids=["full", "lora"])
+@pytest.mark.parametrize("run", [sft, reward_model, dpo, ppo_from_reward])
+def test_long_rows_cost_less_than_an_optimizer_step(run: Run, lora: LoRA | None, place: Place, tmp_path: Path) -> None:
+    """Tokens through the models, forwards; a backward pass counts as two forward ones."""
+    module, data = run(place, lora)
+    data.sources["train"] = [long_rows(module.tokenizer, tmp_path)]
+    data.max_length, data.batch_size = 2 * LONG, 4
+    if isinstance(data, RolloutDataModule):
+        data.rollout_size = 4
+    module, data = ready(module, data)
+    counted: list[int] = []
+    count_tokens(module, counted)
+    every = found(module, data)
+    assert {check.verdict for check in every.values()} == {"ok"}, every
+    spent, passes = sum(counted), len(counted)
+    counted.clear()
+    places = list(range(4))
+    batch = data.first_seen([data.examples["train"][place] for place in places], places)
+    if isinstance(batch, PromptBatch):  # a rollout, and what an update makes of it
+        assert isinstance(module, PPO)
+        module.rollout(batch, 0)
+        step = sum(counted) + 3 * 2 * int(batch.prompts.lengths.sum())
+    else:
+        module.prepare(batch)
+        learned = sum(int(side.lengths.sum()) for side in batch.answers())
+        assert learned > 4 * 0.8 * LONG
+        for _ in module.step_losses(batch, module.denominators(batch)):
+            pass
+        step = sum(counted) + 2 * learned
+    assert spent < step, (spent, passes, step)
+
+
+def test_rows_are_the_first_short_ones_or_else_the_shortest() -> None:
+    assert within([900, 10, 20, 30, 40, 50], 4, 200) == [1, 2, 3, 4]
+    assert within([900, 70, 10, 60, 90], 4, 200) == [1, 2, 3], "fair shares are too small: the shortest that fit"
+    assert within([900, 800], 4, 200) == [1], "one at least"
+    assert within([900, 800], 4, 200, least=2) == [0, 1]
+    assert within([0, 30, 0], 4, 200) == [1], "rows that have nothing to learn"
+    assert within([0, 0], 4, 200) == []
+
+
+def test_long_rows_are_cut_around_the_start_of_their_answers() -> None:
+    tokens = [list(range(100, 110)), list(range(200, 203)), list(range(300, 312)), list(range(400, 410))]
+    masks = [[i >= start for i in range(len(row))] for row, start in zip(tokens, (5, 1, 11, 1), strict=True)]
+    cut = around_answers(Sequences.pad(tokens, masks), 4)
+    assert [row[:n].tolist() for row, n in zip(cut.tokens, cut.lengths, strict=True)] == [
+        [103, 104, 105, 106],
+        [200, 201, 202],
+        [308, 309, 310, 311],
+        [400, 401, 402, 403],
+    ]
+    assert [row[:n].tolist() for row, n in zip(cut.mask, cut.lengths, strict=True)] == [
+        [False, False, True, True],
+        [False, True, True],
+        [False, False, False, True],
+        [False, True, True, True],
+    ]
 
 
 @pytest.mark.parametrize("run", [sft, reward_model])
