@@ -18,7 +18,7 @@ from experiments.steps import Step, every
 HERE = Path(__file__).parent
 STAGES = ("before", "grpo", "ppo", "reward", "dpo", "ppo_reward")
 TOKENS = 96  # of the longest answer that is evaluated
-VADER = "experiments.controlled_sentiment.sentiment.vader"
+VADER = "rlhf_lit.rollout.sentiment.vader"
 
 
 @dataclass(frozen=True)
