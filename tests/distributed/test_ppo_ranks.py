@@ -56,6 +56,7 @@ def config(name: str, base: str) -> dict[str, Any]:
         },
         "trainer": {"max_steps": STEPS, "accelerator": "cpu", "enable_progress_bar": False},
         "debug": {"dump_rollouts": True},
+        "preflight": name == "ppo",  # of the others it takes as long as half of the run
     }  # fmt: skip
 
 

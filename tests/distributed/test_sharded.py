@@ -81,6 +81,7 @@ def config(folder: Path, full: str) -> dict[str, Any]:
         model["critic"] = {"learning_rate": 5e-3, "warmup": 2}
     return {
         "name": full,
+        "preflight": full in ("sft", "ppo"),  # in the others it would only take its time
         "model": {"class_path": kind, "init_args": model},
         "data": {
             "class_path": data,

@@ -97,6 +97,7 @@ def write(folder: Path, name: str, model: Path) -> None:
             "grpo": lambda: on_policy("GRPO", adapters, None),
         }[name]()
     config["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
+    config["preflight"] = name in ("sft", "ppo")  # in the others it would only take its time
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
 
 

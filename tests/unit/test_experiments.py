@@ -157,12 +157,12 @@ def test_over_optimisation_is_a_gold_reward_that_falls_while_the_proxy_rises():
 def test_steps_that_have_run_are_passed_over_and_a_failure_stops_no_other(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "done").mkdir()
-    bad = Step(("sweep", "nowhere.yaml"), "never", tmp_path / "logs/bad.log")
-    skipped = Step(("sweep", "nowhere.yaml"), "do*", tmp_path / "logs/skipped.log")
-    good = Step(("sweep", "--help"), "never", tmp_path / "logs/good.log")
+    bad = Step(("configs", "copy", "nowhere"), "never", tmp_path / "logs/bad.log")  # commands that need no torch
+    skipped = Step(("configs", "copy", "nowhere"), "do*", tmp_path / "logs/skipped.log")
+    good = Step(("configs",), "never", tmp_path / "logs/good.log")
     with pytest.raises(RuntimeError, match=r"bad\.log: ended with status 2: .*nowhere"):
         every([bad, skipped, good], 2)
-    assert "Run a W&B sweep file" in (tmp_path / "logs/good.log").read_text()
+    assert "dpo_beta" in (tmp_path / "logs/good.log").read_text()
     assert not (tmp_path / "logs/skipped.log").exists()
     assert capfd.readouterr().out.count("$ python -m rlhf_lit") == 2
 

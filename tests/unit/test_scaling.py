@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # experiments are not part of the installed package
 
+from experiments.benchmarks.scaling.__main__ import main
 from experiments.benchmarks.scaling.axes import NOTHING, points
 from experiments.benchmarks.scaling.table import Costs, Side, exponent, foreseen, table
 from experiments.benchmarks.throughput.ours import RandomDemonstrations, RandomPairs, data_module
@@ -119,18 +120,18 @@ def test_the_table_has_medians_what_is_above_the_base_and_why_a_point_is_missing
     assert rows["exponent, all"] == ["1.00", "–", "–", "0.00", "–", "–", "0.00", "0.00", "–"]
 
 
-def test_one_turn_as_it_is_typed(tmp_path) -> None:
-    """Both lengths of the smallest model there is, ours alone; the file trains the tokenizer."""
+def test_one_turn_as_it_is_typed(tmp_path, monkeypatch, capsys) -> None:
+    """Two lengths of the smallest model there is, ours alone; the file trains the tokenizer. The points are measured in
+    processes of their own."""
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}\n')
     words = ["--axis=length", "--points", "8", "32", f"--shape={NOTHING['shape']}", "--peer=none", "--turns=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.scaling", *words, "--steps=1", "--batch-size=1",
-         f"--data={file}", f"--folder={tmp_path / 'runs'}"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    words += ["--steps=1", "--batch-size=1", f"--data={file}", f"--folder={tmp_path / 'runs'}"]
+    monkeypatch.setattr(sys, "argv", ["scaling", *words])
+    monkeypatch.chdir(ROOT)
+    main()
+    said = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said if line[:1] == "|"]
     assert [row[0] for row in rows[2:]] == ["8", "32", "libraries (base)", "exponent, all", "exponent, last two"]
     for row in rows[2:4]:
         assert float(row[1]) > 0
