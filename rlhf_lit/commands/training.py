@@ -191,7 +191,7 @@ class RunCLI(LightningCLI):
             "--preflight",
             type=bool | LeftOut,
             default=True,
-            help="Check rows, models and rewards before the first step of fit; {skip: [NAME, …]} leaves some out.",
+            help="Checks before fit's first step; {skip: [NAME]} for some.",
         )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutDump, "debug")
