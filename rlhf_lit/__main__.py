@@ -8,6 +8,7 @@ has saved its last step); `sweep` ends with 1 where an arm failed.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("train a model: SFT, RewardModel, PPO, RLOO, GRPO, DPO or KTO", "rlhf_lit.commands.training:main"),
@@ -58,6 +59,8 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; ``argv`` without the program's name (default: ``sys.argv[1:]``)."""
+    if argv is None:
+        sys.excepthook = _traceback
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -105,8 +108,19 @@ def _unknown(name: str) -> str:
 
 
 def _complain(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
+    from rlhf_lit.errors import printable
+
+    print(f"error: {printable(line)}", file=sys.stderr)
     return 2
+
+
+def _traceback(*error: Any) -> None:
+    """A bug's, in which there may be anything that a row or a model says."""
+    from traceback import format_exception
+
+    from rlhf_lit.errors import printable
+
+    sys.stderr.write(printable("".join(format_exception(*error))))
 
 
 def _unread() -> bool:

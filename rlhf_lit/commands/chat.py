@@ -12,7 +12,7 @@ from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.chat import ChatFormat
 from rlhf_lit.data.records import Message
-from rlhf_lit.errors import UserError, say
+from rlhf_lit.errors import UserError, hand_over, say, tell
 from rlhf_lit.evaluation.sampling import draw
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.rope import room
@@ -50,7 +50,7 @@ def converse(
     turns, answered = list(opening), 0
     interactive = sys.stdin.isatty()
     if interactive:
-        print(HELP)
+        tell(HELP)
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -76,7 +76,7 @@ def converse(
             say("interrupted; the turn is forgotten")
             continue
         answered += 1
-        print(answer, flush=True)
+        hand_over(answer)
         if cut:
             say("note: the answer ends where the model's context does; /reset forgets the conversation")
         turns = list(opening) if single_turn else [*asked, Message("assistant", answer)]

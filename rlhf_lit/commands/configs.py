@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlhf_lit.commands import shipped
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, tell
 from rlhf_lit.files import atomic, short_path
 
 HEADINGS = {
@@ -85,11 +85,11 @@ def main(argv: list[str]) -> int:
             "The configs and sweeps that come with the package; `rlhf-lit configs copy NAME [TO]` writes one to edit."
         )
         _Parser(prog="rlhf-lit configs", usage="rlhf-lit configs [copy NAME [TO]]", description=about).parse_args(argv)
-        print(listing())
+        tell(listing())
         return 0
     parser = _Parser(prog="rlhf-lit configs copy", description="Write a config or a sweep that is shipped, to edit.")
     parser.add_argument("name", metavar="NAME", help="one of those that `rlhf-lit configs` lists")
     parser.add_argument("to", metavar="TO", nargs="?", type=Path, help="a file or a folder (default: NAME.yaml, here)")
     given = parser.parse_args(argv[1:])
-    print(short_path(copy(given.name, given.to).absolute()))
+    tell(short_path(copy(given.name, given.to).absolute()))
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf_lit.commands.shipped import find
 from rlhf_lit.commands.sweep_arms import resolve
 from rlhf_lit.commands.training import Parser
-from rlhf_lit.errors import UserError, say
+from rlhf_lit.errors import UserError, hand_over, say
 from rlhf_lit.sweep.file import read
 from rlhf_lit.sweep.records import Call, Folder, read_arms
 from rlhf_lit.sweep.runner import Runner, begin, check_arms, plan
@@ -65,7 +65,7 @@ def sweep(
         if dry_run:
             for arm in whole.arms:
                 if arm.status != "finished":
-                    print(shlex.join(whole.command(arm)))
+                    hand_over(shlex.join(whole.command(arm)))
             return 0
         if not resume:
             lock = held.enter_context(folder.lock())

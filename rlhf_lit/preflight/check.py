@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, printable
 
 # All there are; a run gets those that its algorithm and its rows allow.
 NAMES = (
@@ -126,7 +126,7 @@ def show(found: Sequence[Check], looked: object, seconds: float) -> None:
     for check in found:
         said = f"{check.found}; {check.advice}" if check.verdict == "warning" else check.found
         verdict = (f"{check.verdict:<{widths[0]}}  ", STYLES[check.verdict])
-        console.print(Text.assemble(verdict, f"{check.name:<{widths[1]}}  {said}"))
+        console.print(Text.assemble(verdict, f"{check.name:<{widths[1]}}  {printable(said)}"))
     counts = {verdict: sum(check.verdict == verdict for check in found) for verdict in VERDICTS}
     others = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS[1:] if counts[verdict]]
     console.print(

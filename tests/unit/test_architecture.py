@@ -209,6 +209,18 @@ def calls(name: str) -> set[str]:
     return found
 
 
+def test_one_place_prints() -> None:
+    """So that nothing a row or a model says acts on a terminal: the others say, tell and hand over."""
+    printing = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write", "sys.stdout.writelines")
+    }
+    assert printing == {"errors.py", "__main__.py"}
+
+
 def test_one_room_generates() -> None:
     assert calls("generate") == {"rollout/engine.py", "rollout/vllm_engine.py"}
 
