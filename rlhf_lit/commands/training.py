@@ -190,7 +190,7 @@ class RunCLI(LightningCLI):
             "--preflight",
             type=bool | LeftOut,
             default=True,
-            help="Check rows, models and rewards before the first step of fit; {skip: [NAME, …]} leaves some out.",
+            help="Check rows, models and rewards before the first step of fit; {skip: [NAME]} leaves some out.",
         )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutDump, "debug")
