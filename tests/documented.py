@@ -38,7 +38,7 @@ def commands(text: str) -> list[str]:
 def commands_of(page: Path) -> list[str]:
     """What a page asks to be typed, in blocks and in its text."""
     typed = [command for block in blocks(page, "sh") for command in commands(block)]
-    return typed + [span for span in spans(page) if span.startswith(("python -m", "make ", "pip install"))]
+    return typed + [span for span in spans(page) if span.startswith(("python -m", "rlhf-lit ", "make ", "pip install"))]
 
 
 def commands_in(config: Path) -> list[str]:
@@ -78,8 +78,8 @@ NOT_RUN = {
 RUN = [command for command in sorted(TYPED) if words_of(command) is not None and command not in NOT_RUN]
 
 
-# What makes a command long: a sweep's arms, large models' layers of 4 bits, a search, many samples.
-LONG = ("sweeps/", "llama-", "llama_", "--limit_gb", "reports/two")
+# What makes a command long: a sweep's arms, all stages, the 4 bits of large models, a search, many samples.
+LONG = ("sweep", "rlhf-lit quickstart", "llama-", "llama_", "--limit_gb", "reports/two")
 
 
 def _first(command: str) -> bool:

@@ -54,6 +54,9 @@ def cut_groups(lengths: Tensor, sizes: Tensor, budget: int, packed: Tensor | Non
     before = (sizes if packed is None else packed)[order].cpu().cumsum(0).double()  # sequences, or tokens
     before = torch.cat([torch.zeros(1, dtype=torch.float64), before])
     longest = lengths[order].cpu().double() if packed is None else torch.ones(len(order), dtype=torch.float64)
+    # All rows in one group cost no more than a second group would, or are the fewest there can be: nothing to compare.
+    if len(order) and before[-1] * longest[0] <= budget * (GROUP_COST if packed is None else 1):
+        return [order]
     # The least cost of the first so many rows, and where their last group begins.
     least = torch.zeros(len(order) + 1, dtype=torch.float64)
     begins = [0] * (len(order) + 1)

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from rlhf_lit.training import checkpoint as checkpoint_io
 
+HOUR = 3600.0  # in which a rank that nobody ends would pass for one that hangs
+
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -23,7 +25,7 @@ class DieIn(Callback):
     """Rank ``rank`` dies in its step, in its rollout, or as a checkpoint is written, once ``step`` steps are done.
 
     Rank zero dies with half a checkpoint written; another rank, while rank zero writes it. Where it dies in a rollout,
-    the others stay in theirs for two minutes, in no collective.
+    the others stay in theirs for an hour, in no collective.
     """
 
     def __init__(self, place: str, step: int, rank: int) -> None:
@@ -35,12 +37,12 @@ class DieIn(Callback):
         if self.place == "rollout":
             respond = pl_module.respond
 
-            def respond_or_die(*arguments: Any) -> Any:
-                answers = respond(*arguments)
+            def respond_or_die(*arguments: Any, **options: Any) -> Any:
+                answers = respond(*arguments, **options)
                 if trainer.global_step >= self.step and trainer.training:
                     if trainer.global_rank == self.rank:
                         die()
-                    time.sleep(120)
+                    time.sleep(HOUR)
                 return answers
 
             pl_module.respond = respond_or_die
@@ -74,7 +76,7 @@ class _HalfSaving:
         file.flush()
         if not self.fault.rank:
             die()
-        time.sleep(120)
+        time.sleep(HOUR)
 
 
 class SignalIn(Callback):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import Run
+from processes import PATIENCE, Run
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 COMPARED = (
@@ -90,7 +90,7 @@ def test_two_processes_make_the_steps_of_one(command, start, tmp_path):
         live = ["--model.reference.precompute=false"] if name == "kto" else []
         answer = command("fit", "--config", f"{name}.yaml", "--runs=one", "--trainer.devices=1", *live)
         assert answer.status == 0, answer.err
-    said, _ = launched.communicate(timeout=240)
+    said, _ = launched.communicate(timeout=PATIENCE)
     assert launched.returncode == 0, said
     told.wait()
     # z is of the whole batch, where a rank has no row of it too; each rank computes its part of the reference.

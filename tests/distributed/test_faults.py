@@ -8,19 +8,17 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from processes import Run
+from processes import PATIENCE, Run
 from run_folders import assert_equal, final, loader_state, metrics, samples, save_small_model, timeless
 
 HERE = Path(__file__).parent
 STRATEGIES = ("ddp", "fsdp2")  # of trainer.strategy
 STEPS, EVERY = 24, 2  # of a run, and between two of its checkpoints
-BOUND = 60.0  # seconds for the survivors to end
 LOST, TERMINATED = 75, 128 + signal.SIGTERM
 SEED = 20_260_801  # of the points at which runs are killed
 
@@ -135,10 +133,7 @@ def killed(folder: Path, strategy: str, where: str, step: int, rank: int) -> str
 @pytest.mark.parametrize(("where", "step", "rank"), [("step", 5, 1), ("rollout", 8, 0), ("checkpoint", 6, 0)])
 def test_a_killed_rank_ends_the_other_and_the_run_goes_on_to_the_bit(place, strategy, where, step, rank):
     """A step is a collective away from the other rank, a rollout is not; and half a checkpoint is none."""
-    began = time.monotonic()
-    name = killed(place, strategy, where, step, rank)
-    assert time.monotonic() - began < BOUND, "the whole of it, up to the kill and to the end of the other"
-    assert_resumes(place, strategy, name)
+    assert_resumes(place, strategy, killed(place, strategy, where, step, rank))
 
 
 @pytest.mark.soak
@@ -149,10 +144,7 @@ def test_killed_at_five_random_points(place, strategy, where):
     points = generator.sample([(step, rank) for step in steps_of(where) for rank in (0, 1)], 5)
     print(f"{strategy}, {where}: (step, rank) {points}")
     for step, rank in points:
-        began = time.monotonic()
-        name = killed(place, strategy, where, step, rank)
-        print(f"{name}: {time.monotonic() - began:.1f} s from the start to the end of both")
-        assert_resumes(place, strategy, name)
+        assert_resumes(place, strategy, killed(place, strategy, where, step, rank))
 
 
 def steps_of(where: str) -> range:
@@ -215,7 +207,7 @@ def test_an_error_of_one_rank_ends_the_other(place):
     """The rank with the error says what it was, with its own status; the other, where the run can be continued."""
     broken = ["--model.reward.function=test_faults.nothing_on_one_rank", "--preflight=false"]
     run = start(place, "ddp", "nan", *broken)
-    assert run.statuses(BOUND) == [LOST, 2], run.said()
+    assert run.statuses() == [LOST, 2], run.said()
     said = sorted(line for line in run.said().splitlines() if line.startswith("error: "))
     left = "runs/nan/version_0 has no checkpoint yet: start again"
     assert said[0] == f"error: rank 1 of 2 ended with an error, which it reported; {left}"
@@ -245,7 +237,7 @@ def test_ranks_with_different_configurations_do_not_begin(place, words, differen
     if difference is None:
         run.wait()
         return
-    assert run.statuses(BOUND) == [2, 2], run.said()
+    assert run.statuses() == [2, 2], run.said()
     line = assert_one_line(run.said(), "error: rank 1 is not set up as rank 0 is: ")
     assert difference in line
     assert not list(run_of(place, name).iterdir()), "nothing was written"
@@ -258,7 +250,7 @@ def test_ranks_with_different_rows_do_not_begin(place, tmp_path):
         (folder / "ppo.yaml").write_text((place / "ppo.yaml").read_text())
     rows = ["--data.train.path=rows.jsonl", "--data.train.world=null", "--data.validation=null"]
     run = start(place, "ddp", "rows", *rows, last=(tmp_path, []))
-    assert run.statuses(BOUND) == [2, 2], run.said()
+    assert run.statuses() == [2, 2], run.said()
     line = assert_one_line(run.said(), "error: rank 1 is not set up as rank 0 is: the data of train is ")
     assert line.count("2 rows with the digest ") == 2
 
@@ -284,7 +276,7 @@ def test_a_killed_rank_under_a_launcher(place, launcher, rank):
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=100)  # the other rank sleeps for 120 s, unless it is woken
+        said, _ = process.communicate(timeout=PATIENCE)  # the other rank sleeps for an hour, unless it is woken
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

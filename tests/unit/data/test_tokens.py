@@ -226,7 +226,7 @@ def test_one_process_makes_it_and_others_wait(file: Path, tmp_path: Path) -> Non
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     both = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True, cwd=root, env=environment) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0].split() for process in both]
+    said = [process.communicate(timeout=300)[0].split() for process in both]
     rows = str(COUNT - len(BAD) - len(LONG))
     assert sorted(map(len, said)) == [1, 2], "one of them made it"
     assert all(words[-1] == rows for words in said)

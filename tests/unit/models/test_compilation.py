@@ -1,25 +1,31 @@
-"""Compiled decoder layers: the gradients of the same layers as they are, in every role, and few graphs."""
+"""Compiled decoder layers: the gradients of the same layers as they are, in every role, and few graphs.
+
+As a rule the graphs are run as dynamo has traced them. What the compiler makes of them is in test_compile.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from rlhf_lit.algorithms import SFT
 from rlhf_lit.models.base import Base, LoRA
 
 
-@pytest.fixture(autouse=True)
-def no_graphs() -> Iterator[None]:
-    """Each test begins without any, and leaves none."""
+@pytest.fixture(params=["eager"], autouse=True)
+def backend(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """What runs the graphs. Each test begins without any, and leaves none."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=request.param))
     torch.compiler.reset()
     counters.clear()
-    yield
+    yield request.param
     torch.compiler.reset()
 
 
@@ -27,6 +33,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)], indirect=True)
 def test_a_rollout_and_a_step_are_those_of_plain_layers(tmp_path: Path) -> None:
     """With adapters, of which each role has its own on the same layers, or none."""
     folder = tiny.save_model(tmp_path, num_key_value_heads=2)

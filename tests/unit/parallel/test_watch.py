@@ -13,7 +13,7 @@ from rlhf_lit.parallel import watch
 from rlhf_lit.parallel.watch import Loss, Watch
 
 WORLD = 3
-SECONDS = 20.0
+SECONDS = 300.0
 
 
 class Group:

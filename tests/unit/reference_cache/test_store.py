@@ -29,7 +29,7 @@ from rlhf_lit.reference_cache.index import key_of
 from rlhf_lit.reference_cache.store import ReferenceCache, Row
 
 BUDGET = 40
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 def reference(digit: str = "a", **facts: Any) -> ReferenceIdentity:

@@ -7,7 +7,7 @@ It takes the same arguments, leaves a run folder, and does what its `--do` says:
     hang        waits to be interrupted, with a process of its own beside it; after a checkpoint
     hang_early  the same before any checkpoint
     stubborn    hangs, whatever signal it is sent
-Hung arms finish when they are started again.
+Hung arms finish when they are started again. With `--together=N` an arm that is to finish waits until N have begun.
 """
 
 import os
@@ -45,6 +45,9 @@ def main() -> int:
         while True:
             time.sleep(0.05)
     began = time.time()
+    (arm / "began").touch()
+    while len(list(arm.parent.glob("*/began"))) < int(options.get("together", 1)) and time.time() < began + 60:
+        time.sleep(0.01)
     time.sleep(float(options.get("seconds", 0)))
     (arm / "times").write_text(f"{began} {time.time()}")
     return 0

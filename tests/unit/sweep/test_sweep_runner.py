@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from rlhf_lit.sweep.records import Arm, Folder, arm_name, label, last_value, rea
 
 HERE = Path(__file__).parent
 FOLDER = Path("runs/sweeps/s")
+PATIENCE = 120.0  # seconds, by which a machine that is busy is told from one where nothing will come
 
 
 @pytest.fixture
@@ -70,8 +72,8 @@ def statuses() -> dict[str, str]:
 
 
 def all_gone(pids: Sequence[str]) -> bool:
-    """Whether these processes end within the seconds that the system may take to end what was killed."""
-    deadline = time.monotonic() + 10
+    """Whether these processes end: they were killed, and would sleep for ten minutes."""
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if not any(map(alive, pids)):
             return True
@@ -110,8 +112,8 @@ def test_all_arms_are_run_and_recorded(sweep):
         "method": "grid", "seed": 0, "count": None, "metric": "val/accuracy"
     }  # fmt: skip
     assert out.splitlines()[0] == "2 arms in runs/sweeps/s · 1 at a time"
-    assert "done   000-seed=7 · 0:00 · val/accuracy 0.7 · 1 left, about 0:00" in out
-    assert out.splitlines()[-1].startswith("2 of 2 arms finished · 0:0")
+    assert re.search(r"done   000-seed=7 · \d+:\d\d · val/accuracy 0.7 · 1 left, about \d+:\d\d", out)
+    assert out.splitlines()[-1].startswith("2 of 2 arms finished · ")
 
 
 def test_a_failed_arm_is_one_line_and_the_others_finish(sweep):
@@ -136,7 +138,7 @@ def test_a_failed_arm_is_one_line_and_the_others_finish(sweep):
 def test_a_program_that_is_not_there_fails_the_arm(sweep):
     status, out, _ = sweep(["finish"], command=["./nowhere/rlhf-lit", "fit", "${args}"])
     assert status == 1
-    assert "FAILED 000 · 0:00 · ./nowhere/rlhf-lit: No such file or directory" in out
+    assert re.search(r"FAILED 000 · \d+:\d\d · ./nowhere/rlhf-lit: No such file or directory", out)
 
 
 def test_an_arm_that_is_killed_says_by_what(sweep):
@@ -153,14 +155,14 @@ def test_an_arm_that_is_killed_says_by_what(sweep):
 
 
 def wait_for(file: Path) -> str:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not file.exists() or not file.read_text():
         assert time.monotonic() < deadline, f"{file} never came"
         time.sleep(0.02)
     return file.read_text()
 
 
-def signal_when(number: int, *notes: Path) -> None:
+def signal_when(number: int, *notes: Path) -> threading.Thread:
     """Send this process a signal as soon as the notes are there."""
 
     def send() -> None:
@@ -168,7 +170,9 @@ def signal_when(number: int, *notes: Path) -> None:
             wait_for(note)
         os.kill(os.getpid(), number)
 
-    threading.Thread(target=send).start()
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -205,8 +209,9 @@ def test_a_signal_ends_all_processes_and_leaves_a_sweep_that_resumes(sweep, numb
 def test_a_sweep_under_nohup_outlives_its_terminal(sweep):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        signal_when(signal.SIGHUP, FOLDER / "000" / "log.txt")
+        sent = signal_when(signal.SIGHUP, FOLDER / "000" / "log.txt")
         assert sweep(["finish"], more={"seconds": {"value": 0.5}})[0] == 0
+        sent.join()
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -221,7 +226,7 @@ def test_an_arm_that_does_not_end_is_killed(sweep, monkeypatch):
 
 def test_jobs_are_how_many_arms_run_at_a_time(sweep):
     status, _, _ = sweep(["finish"], "--jobs=2", more={"seed_everything": {"values": [1, 2, 3, 4]},
-                                                       "seconds": {"value": 0.4}})  # fmt: skip
+                                                       "together": {"value": 2}})  # fmt: skip
     assert status == 0
     spans = [tuple(map(float, file.read_text().split())) for file in FOLDER.glob("*/times")]
     at_once = [sum(began <= moment < ended for began, ended in spans) for moment, _ in spans]
