@@ -19,11 +19,12 @@ soak: .venv/ready
 	-$(MAKE) --keep-going readers
 	$(OFFLINE) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m soak
 
-# A real vLLM on the CPU: rollouts by it, and a trained model as it reads it.
+# A real vLLM on the CPU: rollouts and evaluations by it, a server of it, and a trained model as it reads it.
 vllm: .envs/vllm/ready .envs/smollm2/complete
 	start=$$(date +%s); \
-	$(OFFLINE) OMP_NUM_THREADS=2 $(VLLM)/python -m pytest -q tests/real/test_vllm.py && \
-	$(OFFLINE) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/real/test_read_back_engines.py -k test_vllm && \
+	$(OFFLINE) OMP_NUM_THREADS=2 $(VLLM)/python -m pytest -q tests/real/test_vllm.py tests/real/test_vllm_evaluate.py && \
+	$(OFFLINE) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -k "not llama" \
+		tests/real/test_read_back_engines.py tests/real/test_evaluate_by_a_real_server.py && \
 	echo "make vllm: $$(($$(date +%s) - start)) s"
 
 # docs/rollouts.md: tokens per second of vLLM and of transformers' engine, in turns.
