@@ -72,7 +72,7 @@ def words_of(command: str) -> list[str] | None:
 
 
 # Commands of this program that need what a test cannot have → the reason. The same by a server on loopback is run in
-# test_evaluate_by_a_server, by a vLLM on a CPU in tests/real.
+# test_evaluate_with_a_server, by a vLLM on a CPU in tests/real.
 NOT_RUN = {
     "python -m rlhf_lit fit --config configs/ppo/qwen_0.5b.yaml --config configs/overlays/vllm.yaml": "vLLM",
     "python -m rlhf_lit evaluate MODEL --prompts.path=FILE --judge=RewardFromModel --judge.path=RUN --samples=64 "
