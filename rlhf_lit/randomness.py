@@ -21,6 +21,8 @@ PURPOSES = {"step": 0, "shuffle": 1, "minibatches": 2, "sampling": 3, "validatio
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+# Numbers of the noise that are made at once: those that a CPU's caches hold, and on another device.
+_CACHED, _AT_ONCE = 2**16, 2**24
 
 
 def global_seed() -> int:
@@ -63,9 +65,17 @@ def permutation(size: int, purpose: str, *numbers: int) -> Tensor:
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's output function on int64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
     generators"); right shifts are made logical by masking the sign's copies away."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+    return _mix_in_place(x.clone())
+
+
+def _mix_in_place(x: Tensor) -> Tensor:
+    """The same, without another tensor of its size for each step."""
+    x ^= (x >> 30).bitwise_and_((1 << 34) - 1)
+    x *= _MIX_1
+    x ^= (x >> 27).bitwise_and_((1 << 37) - 1)
+    x *= _MIX_2
+    x ^= (x >> 31).bitwise_and_((1 << 33) - 1)
+    return x
 
 
 def row_keys(seed: int, *columns: Tensor) -> Tensor:
@@ -83,7 +93,15 @@ def gumbel_noise(keys: Tensor, position: int, vocabulary: int) -> Tensor:
     device. argmax(logits/T + noise) is then a sample of softmax(logits/T) (the Gumbel-max trick).
     """
     stream = _mix(keys + torch.full_like(keys, position + 1) * _GOLDEN)
-    counter = torch.arange(1, vocabulary + 1, device=keys.device, dtype=torch.int64)
-    bits = _mix(stream[:, None] + counter * _GOLDEN)
-    uniform = (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) / 2**53
-    return -torch.log(-torch.log(uniform)).float()
+    counter = torch.arange(1, vocabulary + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
+    noise = torch.empty(len(keys), vocabulary, device=keys.device)
+    # A few rows at a time and in place: for all rows of a large vocabulary these eight-byte numbers would outgrow a
+    # CPU's caches, and take several times the memory of the logits.
+    rows = max(1, (_CACHED if keys.device.type == "cpu" else _AT_ONCE) // vocabulary)
+    for part, streams in zip(noise.split(rows), stream.split(rows), strict=True):
+        bits = _mix_in_place(streams[:, None] + counter)
+        bits >>= 11
+        bits &= (1 << 53) - 1
+        uniform = bits.double().add_(0.5).div_(2**53)
+        part.copy_(uniform.log_().neg_().log_().neg_())
+    return noise

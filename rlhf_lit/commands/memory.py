@@ -21,6 +21,8 @@ GIB = 2**30
 class MemoryCLI(RunCLI):
     """``fit``'s command line, which measures instead of training and writes nothing."""
 
+    shown = "memory"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One key more than ``fit`` has."""
         super().add_arguments_to_parser(parser)

@@ -160,12 +160,22 @@ def _plain_model(base: Base, scorer: bool) -> tuple[Any, bool]:
             # RWKV would halve weights of later layers in place in eval mode, for float16's range: they would be saved
             # so, and 4-bit ones cannot be.
             settings["rescale_every"] = config.rescale_every = 0
+        if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+            # transformers 5.19 gives Gemma 2 and VaultGemma its sdpa, which leaves their cap out: another model.
+            if base.attention == "sdpa":
+                raise UserError(
+                    "base.attention: the model caps its attention's logits, and sdpa does not; set it to eager, to "
+                    "flash_attention_2 or to null"
+                )
+            settings["attn_implementation"] = config._attn_implementation = base.attention or "eager"
         if scorer:
             know_score_class(config)
         if base.fresh:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
                 return auto.from_config(config, dtype=dtype), True
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.name: {base.folder!r} could not be loaded: {first_line(error)}") from None
     settings["dtype"] = dtype

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,7 +92,26 @@ def _save(model: Any, folder: Path, adapter: str, weights: dict[str, Tensor] | N
         (folder / "README.md").unlink(missing_ok=True)  # a form, of which peft fills in a path of this machine
         model.foundation.save(folder)
     else:
-        model.save_pretrained(folder, state_dict=weights)
+        with _own_generation_config(model, folder):
+            model.save_pretrained(folder, state_dict=weights)
+
+
+@contextmanager
+def _own_generation_config(model: Any, folder: Path) -> Iterator[None]:
+    """Inside the block a model is saved with a plain generation config, and its own is written after it: transformers
+    5.19 refuses to save what it loaded where that has sampling defaults that sample nothing, as published ones do."""
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    model.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    file = folder / "generation_config.json"
+    if file.exists():
+        own.to_json_file(file)
 
 
 def _pad_token(tokenizer: Any) -> str:

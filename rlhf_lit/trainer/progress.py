@@ -99,6 +99,19 @@ def progress_line(trainer: Trainer, metrics: Mapping[str, Any]) -> str:
     return " · ".join([f"epoch {trainer.current_epoch}", f"step {steps}", *parts])
 
 
+def note_on_length(trainer: Mapping[str, Any], data: Mapping[str, Any]) -> str | None:
+    """What to say where nobody said how long the run is, and Lightning makes it a thousand epochs.
+
+    Args:
+        trainer: the trainer's settings.
+        data: the data module's arguments.
+    """
+    named = (trainer["max_epochs"], trainer["max_time"], data.get("episodes"))
+    if any(value is not None for value in named) or trainer["max_steps"] != -1:
+        return None
+    return "neither trainer.max_epochs nor trainer.max_steps is set: the run has 1000 epochs, unless it is ended before"
+
+
 def training_metrics(trainer: Trainer) -> dict[str, Any]:
     """What the last step logged and the algorithm marked for people to see (loss, reward, KL, tokens per second)."""
     return {name: value for name, value in trainer.progress_bar_metrics.items() if not name.startswith("val/")}

@@ -281,6 +281,19 @@ def test_a_value_lost_to_another_class_is_named(run):
     assert "note: model.loss.label_smoothing: '0.1' of the command line is not used" in answer.err
 
 
+def test_a_length_that_nobody_named_is_said(run, place):
+    """Once, in our words; episodes name one."""
+    said = "note: neither trainer.max_epochs nor trainer.max_steps is set: the run has 1000 epochs, unless it is ended"
+    unset, ending = "--trainer.max_epochs=null", "--trainer.callbacks=EarlyStopping"
+    soon = ("--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.divergence_threshold=0")
+    answer = run("fit", "--config", "sft.yaml", unset, ending, *soon, "--preflight=false")
+    assert answer.status == 0, answer.err
+    assert [line for line in answer.err.splitlines() if "1000" in line] == [f"{said} before"]
+    answer = run("fit", "--config", "ppo.yaml", unset, "--data.episodes=8", "--preflight=false")
+    assert answer.status == 0, answer.err
+    assert "1000" not in answer.err
+
+
 def test_a_reward_function_is_found_in_the_working_folder(run, place, monkeypatch):
     (place / "my_rewards.py").write_text("def score(prompts, responses, rows):\n    return [0.0 for _ in responses]\n")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(place))])

@@ -118,8 +118,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         "--model.learning_rate=2e-3", "--model.sampling.max_new_tokens=4", "--data=SFTDataModule",
         "--data.train.path=sums.jsonl", "--data.batch_size=4", "--data.cache=null", "--trainer.max_steps=8",
         "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--name=sums",
-        # ChatML's turns open with this tokenizer's BOS, which preflight takes for a surplus one.
-        "--preflight=false",
     )  # fmt: skip
     run([*command, "fit", *options], place, **ours)
     run([*command, "export", "runs/sums", "--merge", "--dtype=float32", "--to=merged"], place, **ours)

@@ -132,7 +132,7 @@ def test_a_real_model_answers_as_here(command: Callable[..., Any], tmp_path: Pat
     said = command(
         "fit", "--model=SFT", "--data=SFTDataModule", f"--model.base.name={SMOLLM2}", "--model.base.lora.rank=8",
         "--model.learning_rate=1e-3", "--data.train.path=rows.jsonl", "--data.batch_size=4", "--trainer.max_steps=4",
-        "--model.sampling.max_new_tokens=8", "--preflight=false", "--name=sft",
+        "--model.sampling.max_new_tokens=8", "--name=sft",
     )  # fmt: skip
     assert said.status == 0, said.err
     said = command("export", "runs/sft", "--merge", "--dtype=float32", "--to=out")

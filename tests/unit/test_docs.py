@@ -156,9 +156,11 @@ def test_every_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch
 
     parse = Parser.parse_args
 
-    def parse_alone(parser: Parser, *arguments: Any) -> Any:
-        parse(parser, *arguments)
-        raise Accepted
+    def parse_alone(parser: Parser, *arguments: Any, **options: Any) -> Any:
+        found = parse(parser, *arguments, **options)
+        if parser.exit_on_error:  # not one of the parsers inside of it
+            raise Accepted
+        return found
 
     monkeypatch.setattr(Parser, "parse_args", parse_alone)
     with pytest.raises(Accepted):
@@ -239,9 +241,10 @@ TESTS = ("test_my_losses", "test_cispo", "test_reinforce", "test_my_source")
 
 @dataclass
 class Ran:
-    """Runs by algorithm: the rows of their metrics.csv."""
+    """Runs by algorithm: the rows of their metrics.csv. And what ``evaluate`` found."""
 
     rows: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    evaluated: dict[str, Any] = field(default_factory=dict)
 
     def take(self, name: str, folder: Path) -> None:
         with (folder / "version_0" / "metrics.csv").open(newline="") as file:
@@ -276,6 +279,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             import_module(test)
         for command in typed:
             assert main(shlex.split(command)[3:]) == 0, command
+        result.evaluated = json.loads((place / "runs/evaluate/version_0/evaluation.json").read_text())
         for algorithm, data in (
             ("SFT", "SFTDataModule"),
             ("RewardModel", "PreferenceDataModule"),
@@ -312,7 +316,18 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             assert main([*argv, f"--name={name}"]) == 0
             result.take(run, place / "runs" / name)
     yield result
-    for module in ("my_losses", "my_rewards", "my_source", "my_kl", "simpo", "openings", "cispo", "reinforce", *TESTS):
+    for module in (
+        "my_losses",
+        "my_rewards",
+        "my_source",
+        "my_judge",
+        "my_kl",
+        "simpo",
+        "openings",
+        "cispo",
+        "reinforce",
+        *TESTS,
+    ):
         sys.modules.pop(module, None)
     torch.set_grad_enabled(True)
 
@@ -394,6 +409,13 @@ def test_the_reward_class_of_the_page_is_logged_beside_the_function(ran: Ran) ->
             assert 0 < variety <= 2
             assert float(row["objective/scores"]) == pytest.approx(0.5 * variety + matches, abs=1e-5)
     sys.modules["test_my_source"].test_by_hand()
+
+
+def test_the_judge_of_the_page_judges(ran: Ran) -> None:
+    sys.modules["test_my_source"].test_both_orders()
+    assert ran.evaluated["judges"] == {"judge": "Briefer"}
+    assert ran.evaluated["verdicts"]["judge"]["count"] == 16
+    assert ran.evaluated["verdicts"]["judge"]["consistent"]["mean"] == 1
 
 
 @pytest.mark.parametrize(("page", "file", "lines"), [("policy_loss", "cispo", 15), ("an_advantage", "reinforce", 20)])

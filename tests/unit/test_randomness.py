@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_lit.memory.gauges import LiveBytes
 from rlhf_lit.randomness import derive_seed, gumbel_noise, permutation, reseed, row_keys
 
 EULER_GAMMA = 0.5772156649015329
@@ -28,6 +29,41 @@ def test_noise_of_a_key_ignores_its_company() -> None:
 
 def test_a_larger_vocabulary_only_adds_noise() -> None:
     assert gumbel_noise(keys(4), 0, 50)[:, :20].equal(gumbel_noise(keys(4), 0, 20))
+
+
+def python_noise(key: int, position: int, token: int) -> float:
+    """SplitMix64 on Python's integers, and the two logarithms."""
+
+    def mixed(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    stream = mixed((key + (position + 1) * golden) % 2**64)
+    bits = mixed((stream + (token + 1) * golden) % 2**64)
+    return -math.log(-math.log(((bits >> 11) + 0.5) / 2**53))
+
+
+@pytest.mark.parametrize("vocabulary", [50, 20_000, 151_936])
+def test_noise_is_that_generators_whatever_is_made_at_once(vocabulary: int) -> None:
+    """So samples of earlier versions, and of other devices, are repeated. Rows of large vocabularies are made a few, or
+    one, at a time; of small ones together."""
+    many = keys(9)
+    noise = gumbel_noise(many, 6, vocabulary)
+    assert noise.shape == (9, vocabulary)
+    for row in (0, 3, 8):
+        for token in (0, 17, vocabulary - 1):
+            expected = python_noise(int(many[row]) % 2**64, 6, token)
+            assert float(noise[row, token]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_noise_of_a_large_vocabulary_takes_little_memory() -> None:
+    """Beside the noise itself the numbers of a row: not ten times as much."""
+    many = keys(64)
+    with LiveBytes() as gauge:
+        noise = gumbel_noise(many, 0, 49_152)
+    assert gauge.peak < 1.2 * noise.nbytes
 
 
 def test_noise_has_the_gumbel_moments_and_quantiles() -> None:

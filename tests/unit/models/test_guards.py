@@ -117,3 +117,20 @@ def test_a_score_that_is_pooled_otherwise_is_refused(llama: str, monkeypatch: py
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", mean)
     with pytest.raises(UserError, match="does not read its score at the last token by its `score` head alone"):
         load_scorer(Base(llama))
+
+
+def test_rows_of_a_batch_that_differ_by_rounding_are_no_leak(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads share a batch out, and thirty layers make 6e-6 of the largest logit of it (SmolLM2 on two cores)."""
+    from transformers import LlamaModel
+
+    forward = LlamaModel.forward
+
+    def rounded(self: Any, *args: Any, **keywords: Any) -> Any:
+        output = forward(self, *args, **keywords)
+        states = output.last_hidden_state
+        output.last_hidden_state = states * (1 + 1e-3 * torch.arange(len(states)).flip(0))[:, None, None]
+        return output
+
+    monkeypatch.setattr(LlamaModel, "forward", rounded)
+    load_causal_lm(Base(llama))
+    load_scorer(Base(llama))

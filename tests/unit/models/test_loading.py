@@ -59,3 +59,22 @@ def test_adapters_come_without_dropout_until_they_train(llama: str, tmp_path: Pa
     reward_model(tmp_path / "reward", llama, ADAPTERS[1])
     assert not any(module.training for module in load_scorer(Base(name=str(tmp_path / "reward"))).modules())
     assert not any(m.training for m in load_causal_lm(Base(name=llama, lora=ADAPTERS[1])).modules())
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_attention_that_caps_its_logits_is_not_sdpas(tmp_path, monkeypatch, fresh):
+    """transformers 5.19 takes its sdpa for Gemma 2, which leaves the cap out."""
+    from transformers import Gemma2PreTrainedModel
+
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    folder = tiny.save_model(tmp_path, "gemma2", attn_logit_softcapping=5.0)
+    tokens = torch.arange(3, 23)[None]
+    found = load_causal_lm(Base(folder, fresh=fresh))
+    asked = load_causal_lm(Base(folder, fresh=fresh, attention="eager"))
+    assert found.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert found(tokens).logits.equal(asked(tokens).logits)
+    with pytest.raises(UserError, match=r"^base\.attention: the model caps its attention's logits, and sdpa does not"):
+        load_causal_lm(Base(folder, fresh=fresh, attention="sdpa"))
+    uncapped = tiny.save_model(tmp_path / "uncapped", "gemma2", attn_logit_softcapping=None)
+    assert load_causal_lm(Base(uncapped, attention="sdpa")).config._attn_implementation == "sdpa"

@@ -80,6 +80,25 @@ def test_the_tokenizers_eos_is_where_others_look(other_ends: Path, tmp_path: Pat
     assert unwrapped(module.trained_model).config.eos_token_id == 7
 
 
+def test_sampling_defaults_that_sample_nothing_do_not_lose_a_run(
+    other_ends: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.19 saves no generation config that has them, its own as it was loaded included."""
+    from transformers import GenerationConfig
+
+    save = GenerationConfig.save_pretrained
+
+    def strict(self: Any, *folder: Any, **rest: Any) -> None:
+        self.validate(strict=True)
+        save(self, *folder, **rest)
+
+    saved("full", str(other_ends), tmp_path / "as_it_is")
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", strict)
+    saved("full", str(other_ends), tmp_path / "hf")
+    name = "generation_config.json"
+    assert settings_of(tmp_path / "hf" / name) == settings_of(tmp_path / "as_it_is" / name)
+
+
 def test_sampling_defaults_that_hold_are_kept(other_ends: Path, tmp_path: Path) -> None:
     from transformers import GenerationConfig
 

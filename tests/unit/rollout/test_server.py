@@ -203,6 +203,17 @@ def test_how_far_it_came(there: ChatServer, waits: list[float]) -> None:
     assert there.count == 3, "nothing more is asked for"
 
 
+def test_what_is_under_way_ends_with_the_first_that_fails_for_good(
+    there: ChatServer, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says nothing of being sent again."""
+    there.failures, there.always = [Failure(late=True)], Failure(400, "no")
+    with pytest.raises(UserError, match=r"refuses the request \(400: no\); "):
+        ask(asking(there, concurrency=2), bodies(9), "judge")
+    assert capsys.readouterr().err == ""
+    assert waits == []
+
+
 def test_a_model_that_is_not_served(there: ChatServer) -> None:
     there.models = ["large", "small\x07"]
     with pytest.raises(UserError, match=rf"has no model '{MODEL}'; it has 'large', 'small\\x07'$"):
