@@ -130,8 +130,14 @@ def killed(folder: Path, strategy: str, where: str, step: int, rank: int) -> str
     return name
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("where", "step", "rank"), [("step", 5, 1), ("rollout", 8, 0), ("checkpoint", 6, 0)])
+@pytest.mark.parametrize(
+    ("strategy", "where", "step", "rank"),
+    [
+        pytest.param(strategy, *place, marks=[pytest.mark.soak] * ((strategy, place[0]) == ("fsdp2", "rollout")))
+        for strategy in STRATEGIES
+        for place in (("step", 5, 1), ("rollout", 8, 0), ("checkpoint", 6, 0))
+    ],
+)
 def test_a_killed_rank_ends_the_other_and_the_run_goes_on_to_the_bit(place, strategy, where, step, rank):
     """A step is a collective away from the other rank, a rollout is not; and half a checkpoint is none."""
     assert_resumes(place, strategy, killed(place, strategy, where, step, rank))

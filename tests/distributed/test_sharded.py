@@ -194,7 +194,8 @@ def assert_way_is_that_of_one(folder: Path, name: str, way: str) -> None:
 # Two processes take seconds for each: every run of the tests has what differs most, and `make soak` the rest.
 QUICK = {
     "ddp": ("sft", "reward", "dpo", "ppo", "sft_lora", "ppo_lora"),
-    "fsdp2": tuple(name for name in KINDS if name not in ("reward_qlora", "dpo_qlora", "kto_lora")),
+    # Every algorithm, and every way to train by SFT, PPO or DPO.
+    "fsdp2": (*NAMES, "sft_lora", "ppo_lora", "sft_qlora", "ppo_qlora", "dpo_parts"),
     "zero2": ("ppo_lora",),
     "offload": ("sft_qlora", "ppo"),
 }

@@ -77,14 +77,14 @@ def test_reward_model_tells_harmless_answers(command, real_data, stories):
 
 
 def test_dpo_prefers_harmless_answers(command, real_data, stories):
-    """Held-out loss 0.657 and 0.614 of 254 pairs, when this was written."""
+    """Held-out loss 0.657 and 0.614 of 254 pairs, when this was written; of the untrained model ln 2 and ½."""
     argv = (
         "--config", str(CONFIGS / "dpo/hh_small.yaml"), stories,
         f"--data.train.path={real_data / 'hh_harmless_test' / 'test.jsonl.gz'}",
         "--data.cache=null", "--trainer.accelerator=cpu",
     )  # fmt: skip
-    before, after = before_and_after(command, "dpo/hh_small", *argv)
-    assert before["val/loss"] == pytest.approx(math.log(2), abs=1e-6), "policy and reference are one before training"
+    said(command("fit", *argv))
+    after = measured("dpo/hh_small/version_0")
     assert after["val/loss"] < math.log(2) - 0.005
     assert above_chance(after["val/accuracy"], pairs=254) > 2
     assert after["val/margin"] > 0
