@@ -1,19 +1,21 @@
 """The front door: answers ``--help`` before anything heavy is imported, and turns errors into one line.
 
 Exit status: 0 done, 1 a bug (with its traceback), 2 something the user can mend (one line), 75 another rank of the
-run was lost, 130 interrupted, 143 terminated (by SIGTERM or SIGUSR1; `fit` has saved its last step); `sweep` ends
-with 1 where an arm failed.
+run was lost, 130 interrupted, 141 nobody reads what it prints (`| head`), 143 terminated (by SIGTERM or SIGUSR1; `fit`
+has saved its last step); `sweep` ends with 1 where an arm failed.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("train a model: SFT, RewardModel, PPO, RLOO, GRPO, DPO or KTO", "rlhf_lit.commands.training:main"),
     "validate": ("losses and accuracies on the validation rows", "rlhf_lit.commands.training:main"),
     "test": ("the same on the test rows", "rlhf_lit.commands.training:main"),
     "predict": ("completions, or a reward model's scores, to predictions.jsonl", "rlhf_lit.commands.training:main"),
+    "configs": ("the configs and sweeps that are shipped, and a copy of one to edit", "rlhf_lit.commands.configs:main"),
     "sweep": ("the arms of a W&B sweep file, without W&B", "rlhf_lit.commands.sweep:main"),
     "memory": ("what a configuration needs, and the largest micro-batch that fits", "rlhf_lit.commands.memory:main"),
     "evaluate": ("win rate, best-of-n, KL and accuracy on pairs", "rlhf_lit.commands.evaluate:main"),
@@ -49,7 +51,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "  rlhf-lit fit --config FILE [--config OVERLAY ...] [--key=value ...]",
+            "  rlhf-lit fit --config NAME_OR_FILE [--config OVERLAY ...] [--key=value ...]",
             "  rlhf-lit COMMAND --help shows the options of one command; --print_config a whole configuration",
         ]
     )
@@ -57,6 +59,8 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; ``argv`` without the program's name (default: ``sys.argv[1:]``)."""
+    if argv is None:
+        sys.excepthook = _traceback
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -68,7 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     from rlhf_lit.errors import UserError
 
     try:
-        return _load(COMMANDS[name][1])(arguments if name in TRAINING else arguments[1:])
+        status = _load(COMMANDS[name][1])(arguments if name in TRAINING else arguments[1:])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        return 128 + 13
     except UserError as error:
         return _complain(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -98,8 +108,32 @@ def _unknown(name: str) -> str:
 
 
 def _complain(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
+    from rlhf_lit.errors import printable
+
+    print(f"error: {printable(line)}", file=sys.stderr)
     return 2
+
+
+def _traceback(*error: Any) -> None:
+    """A bug's, in which there may be anything that a row or a model says."""
+    from traceback import format_exception
+
+    from rlhf_lit.errors import printable
+
+    sys.stderr.write(printable("".join(format_exception(*error))))
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`; what is left of it then goes nowhere."""
+    import os
+    import select
+
+    reader = select.poll()
+    reader.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in reader.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _interrupted() -> int:

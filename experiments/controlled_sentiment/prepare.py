@@ -12,13 +12,13 @@ from pathlib import Path
 import yaml
 from lightning import seed_everything
 
-from experiments.controlled_sentiment.sentiment import vader
 from experiments.steps import call
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.data.records import Message
 from rlhf_lit.evaluation.sampling import draw
 from rlhf_lit.models.base import Base
 from rlhf_lit.rollout.engine import Sampling
+from rlhf_lit.rollout.sentiment import vader
 
 HERE = Path(__file__).parent
 

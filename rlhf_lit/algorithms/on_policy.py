@@ -210,7 +210,7 @@ class OnPolicy(Writer, Algorithm):
     def _weights(self, batch: ExperienceBatch, denominators: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """[rows, time] what each token counts in the policy's loss."""
         tokens, episodes = denominators["tokens"], denominators["episodes"]
-        mask, longest = batch.sequences.mask.to(dtype), self.sampling.max_new_tokens
+        mask, longest = batch.sequences.mask.to(dtype), self.sampling.limit
         return token_weights(mask, self.policy_loss.aggregation, tokens, episodes, longest)
 
     def log_step(self, totals: dict[str, Tensor], grad_norm: Tensor) -> None:

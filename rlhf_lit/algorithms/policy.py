@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from torch import Tensor
 
 from rlhf_lit.batches import PromptBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.models.anatomy import context_length, stop_ids, unwrapped
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.roles import Roles
-from rlhf_lit.models.rope import first_context, leaves_room
+from rlhf_lit.models.rope import first_context, leaves_room, room
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.randomness import derive_seed, row_keys
 from rlhf_lit.rollout.engine import Engine, Samples, Sampling, sample
@@ -38,41 +40,74 @@ class Writer(LightningModule):
     engine: Engine = staticmethod(sample)
     tokenizer: Any
 
-    def respond(self, prompts: PromptBatch, stream: int = EVALUATION) -> Samples:
+    def leaves_room(self, prompt: int) -> bool:
+        """Whether a prompt of so many tokens leaves room for a response: one of ``sampling.max_new_tokens``, or any."""
+        return leaves_room(self.roles.policy, prompt, self.sampling.max_new_tokens or 1)
+
+    def respond(self, prompts: PromptBatch, stream: int = EVALUATION, at_most: int | None = None) -> Samples:
         """One response per row, drawn with noise keyed by (seed, stream, prompt index, sample).
 
         Args:
             prompts: what to answer.
             stream: keeps one round of sampling apart from another: the number of the rollout, in training.
+            at_most: tokens of the longest response, where fewer than ``sampling`` says; None is as it says.
 
         Raises:
-            UserError: a prompt and its response may be longer than the model's context, or reach from the context that
-                the model was first trained on beyond it, where it has other rotary frequencies there.
+            UserError: a prompt leaves no room for its response, in the model's context or in the one that it was first
+                trained on, where it has other rotary frequencies beyond it.
         """
         if not len(prompts):
             with self.roles.acting("policy") as model, sharding_of(model).whole():  # with the ranks that have rows
                 nothing = prompts.prompts
                 return Samples(nothing, torch.zeros(nothing.tokens.shape, device=self.device), nothing.lengths.bool())
-        row = int(prompts.prompts.lengths.argmax())
-        longest = int(prompts.prompts.lengths[row]) + self.sampling.max_new_tokens
-        context = context_length(self.roles.policy)
-        if context is not None and longest > context:
-            raise UserError(
-                f"model.sampling.max_new_tokens: after the prompt {shown(prompts.texts[row])} a response may reach "
-                f"{longest} tokens, and the model's context is {context}; lower it, or data.max_length"
-            )
+        limits = self._limits(prompts, at_most)
+        keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
+        with self.roles.acting("policy") as model, sharding_of(model).whole():
+            stops = stop_ids(self.tokenizer, model)
+            responses: list[list[int]] = [[] for _ in limits]
+            logprobs: list[Tensor] = [torch.empty(0)] * len(limits)
+            for limit in sorted(set(limits)):
+                sampling = replace(self.sampling, max_new_tokens=limit)
+                rows = torch.tensor([row for row, own in enumerate(limits) if own == limit])
+                if len(rows) == len(limits):  # as a rule, all
+                    return self.engine(model, prompts.prompts, keys, sampling, stops)
+                drawn = self.engine(model, prompts.prompts.select(rows), keys[rows.to(keys.device)], sampling, stops)
+                for i, row in enumerate(rows.tolist()):
+                    mask = drawn.sequences.mask[i]
+                    responses[row] = drawn.sequences.tokens[i][mask].tolist()
+                    logprobs[row] = drawn.sampled_logprobs[i][mask]
+            return Samples.collect(prompts.prompts, responses, logprobs, stops)
+
+    def _limits(self, prompts: PromptBatch, at_most: int | None) -> list[int]:
+        """Tokens of the longest response to each prompt."""
         lengths = prompts.prompts.lengths.tolist()
-        crossing = [n for n in lengths if not leaves_room(self.roles.policy, n, self.sampling.max_new_tokens)]
+        row = max(range(len(lengths)), key=lengths.__getitem__)
+        asked, context = f"the prompt {shown(prompts.texts[row])}", context_length(self.roles.policy)
+        named = self.sampling.max_new_tokens
+        limit = min(self.sampling.limit, at_most or self.sampling.limit)
+        if named is None:
+            rooms = [room(self.roles.policy, n) for n in lengths]
+            limits = [limit if left is None else min(limit, left) for left in rooms]
+            if min(limits) < 1:
+                raise UserError(
+                    f"{asked} has {lengths[row]} tokens, and leaves no room for a response in the model's context of "
+                    f"{context}; shorten it, or lower data.max_length"
+                )
+            return limits
+        if context is not None and lengths[row] + limit > context:
+            raise UserError(
+                f"model.sampling.max_new_tokens: after {asked} a response may reach {lengths[row] + limit} tokens, and "
+                f"the model's context is {context}; lower it, or data.max_length"
+            )
+        crossing = [n for n in lengths if not leaves_room(self.roles.policy, n, limit)]
         if crossing:
             raise UserError(
                 f"model.sampling.max_new_tokens: after a prompt of {max(crossing)} tokens a response may reach "
-                f"{max(crossing) + self.sampling.max_new_tokens}, and at {first_context(unwrapped(self.roles.policy))} "
+                f"{max(crossing) + limit}, and at {first_context(unwrapped(self.roles.policy))} "
                 "the model changes the rotary frequencies of all tokens (LongRoPE), so that none would be as it was "
                 "when it was written; lower it, or data.max_length"
             )
-        keys = row_keys(derive_seed("sampling", stream), prompts.index, prompts.sample)
-        with self.roles.acting("policy") as model, sharding_of(model).whole():
-            return self.engine(model, prompts.prompts, keys, self.sampling, stop_ids(self.tokenizer, model))
+        return [limit] * len(lengths)
 
     def response_texts(self, samples: Samples) -> list[str]:
         """The responses as text, without special tokens and surrounding white space (a template may put a space
@@ -106,8 +141,7 @@ class Writer(LightningModule):
         if prompts is None:
             return []
         # Samples are for people to read: a prompt too long for the context is left out, and ends no training run.
-        lengths, new_tokens = prompts.prompts.lengths.tolist(), self.sampling.max_new_tokens
-        kept = [row for row, n in enumerate(lengths) if leaves_room(self.roles.policy, n, new_tokens)]
+        kept = [row for row, n in enumerate(prompts.prompts.lengths.tolist()) if self.leaves_room(n)]
         prompts = prompts.select(torch.tensor(kept, dtype=torch.int64))
         if not len(prompts):
             return []

@@ -12,13 +12,15 @@ Left out: reward whitening, which adds a constant to each token's reward and so 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from rlhf_lit.algorithms.algorithm import StepLoss
 from rlhf_lit.algorithms.on_policy import OnPolicy
-from rlhf_lit.batches import ExperienceBatch
+from rlhf_lit.batches import ExperienceBatch, PromptBatch
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.advantages import GAE, AdvantageEstimator
 from rlhf_lit.losses.kl import KLController
@@ -28,8 +30,10 @@ from rlhf_lit.models.base import Base
 from rlhf_lit.models.heads import token_values
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.models.routing import uncollected
+from rlhf_lit.rollout.collect import critic_values
 from rlhf_lit.rollout.engine import Sampling
 from rlhf_lit.rollout.rewards import RewardSource
+from rlhf_lit.training.head_start import first_rows, measured, scale_down
 from rlhf_lit.training.optimizer import Optimizer
 
 
@@ -80,6 +84,26 @@ class PPO(OnPolicy):
         super().build()
         init = self.reward.critic_base() if self.critic.init == "reward" else None
         self.roles.add_critic(self.base, init, self.critic.trunk)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        new = self.critic.init == "policy"
+        if new and self.critic.head == "scaled" and self.trainer.ckpt_path is None:
+            scale_down(self, dict(self._value_head.named_parameters()), self._first_values(), "model.critic.head")
+
+    @torch.no_grad()
+    def _first_values(self) -> Tensor:
+        """[tokens] the critic's values of the first training prompts, the same on all ranks."""
+        if not len(rows := first_rows(self)):
+            return torch.zeros(0)
+        batch: PromptBatch = self.trainer.datamodule.first_seen(rows, range(len(rows)))  # type: ignore[attr-defined]
+        prompts = batch.prompts.select(torch.arange(measured(batch.prompts.lengths.tolist()))).to(self.device)
+        places = torch.arange(prompts.tokens.shape[1], device=self.device)
+        # Not that of the first token, which in many models is unlike all others.
+        mask = (places > 1) & (places < prompts.lengths[:, None])
+        with self.trainer.precision_plugin.forward_context():
+            values = critic_values(self.roles, replace(prompts, mask=mask), batch.micro_batch_tokens)
+        return values[mask]
 
     @property
     def warming_up(self) -> bool:

@@ -32,7 +32,8 @@ from rlhf_lit.models.loading import load_scorer
 from rlhf_lit.models.packing import layout_of
 from rlhf_lit.parallel.sharding import sharding_of
 from rlhf_lit.rollout.rewards import score_sequences
-from rlhf_lit.training.normalisation import Normalisation, load, normalise, save, undo
+from rlhf_lit.training.head_start import HeadStart, first_rows, measured, scale_down
+from rlhf_lit.training.normalisation import Normalisation, head_of, load, normalise, save, undo
 
 
 class RewardModel(Algorithm):
@@ -47,6 +48,9 @@ class RewardModel(Algorithm):
         centre_pairs: after training, shift the scores so that the chosen responses of the first so many training pairs
             (of ranked lists: their best answers) average 0; 0 leaves them.
         unit_variance: then also scale them so that all responses of those pairs have standard deviation 1.
+        head: how a new score head starts: drawn by the seed with standard deviation 1/√(d+1), and divided by the
+            standard deviation of its scores of the first training rows where that is above 1 (`scaled`), or as it was
+            drawn (`seed`).
     """
 
     progress_metrics = ("accuracy",)
@@ -67,6 +71,7 @@ class RewardModel(Algorithm):
         schedule: Schedule = Schedule(),
         centre_pairs: int = 512,
         unit_variance: bool = False,
+        head: HeadStart = "scaled",
     ) -> None:
         super().__init__(base, learning_rate, optimizer, schedule)
         if centre_pairs < 0:
@@ -76,6 +81,7 @@ class RewardModel(Algorithm):
         self.loss = loss
         self.centre_pairs = centre_pairs
         self.unit_variance = unit_variance
+        self.head: HeadStart = head
         self.scorer: nn.Module
         self.normalisation: Normalisation | None = None
         # The stage under evaluation, whose pair metrics take the scores in as they are made.
@@ -168,6 +174,30 @@ class RewardModel(Algorithm):
         the number of ranks)."""
         answers = batch.comparisons().answers
         return batch.score_records(score_sequences(self.scorer, answers, batch.micro_batch_tokens))
+
+    # Before training
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.head == "scaled" and unwrapped(self.scorer).new_head and self.trainer.ckpt_path is None:
+            scale_down(self, head_of(self), self._first_scores(), "model.head")
+
+    @torch.no_grad()
+    def _first_scores(self) -> Tensor:
+        """[answers] the scores of the first training rows, the same on all ranks."""
+        if not len(rows := first_rows(self)):
+            return torch.zeros(0)
+        batch = self.trainer.datamodule.collate(rows)  # type: ignore[attr-defined]
+        tokens = torch.zeros(len(batch), dtype=torch.int64)
+        for side in batch.answers():
+            tokens.index_add_(0, batch.rows_of_answers(), side.lengths)
+        batch = batch.select(torch.arange(measured(tokens.tolist()))).to(self.device)
+        self.scorer.eval()
+        with self.trainer.precision_plugin.forward_context():
+            found = [self.scores(part.comparisons().answers) for part in batch.micro_batches(layout_of(self))]
+        sharding_of(self).reshard()
+        self.set_train_mode()
+        return torch.cat(found)
 
     # After training
 

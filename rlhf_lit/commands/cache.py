@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from rlhf_lit.commands.training import Parser
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, printable, tell
 from rlhf_lit.reference_cache import catalogue
 from rlhf_lit.reference_cache.catalogue import StoredReference
 
@@ -34,16 +34,16 @@ def show(cache: str = DEFAULT) -> None:
     tokens = [file.stat() for file in _token_files(folder)]
     references = list(catalogue.stored_references(folder))
     if not tokens and not references:
-        print(f"nothing is cached in {folder}")
+        tell(f"nothing is cached in {folder}")
         return
     total = sum(file.st_size for file in tokens)
     if tokens:
         used = _date(max(file.st_mtime for file in tokens))
-        print(f"{_count(len(tokens), 'tokenised file')}, {decimal(total)}, the last of {used}")
+        tell(f"{_count(len(tokens), 'tokenised file')}, {decimal(total)}, the last of {used}")
     if references:
         _print_references(references)
         total += sum(stored.size for stored in references)
-    print(f"{decimal(total)} in {folder}")
+    tell(f"{decimal(total)} in {folder}")
 
 
 def clear(
@@ -79,7 +79,7 @@ def clear(
             files, size = files + removed[0], size + removed[1]
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be removed: {error.strerror}") from None
-    print(f"removed {_count(files, 'file')}, {decimal(size)}, from {folder}")
+    tell(f"removed {_count(files, 'file')}, {decimal(size)}, from {folder}")
     return files, size
 
 
@@ -110,7 +110,7 @@ def _remove_reference(folder: Path) -> tuple[int, int]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"left alone: {folder}, another process is building in it")
+        tell(f"left alone: {folder}, another process is building in it")
         return 0, 0
     try:
         ours = [*catalogue.segment_files(folder), *catalogue.unfinished(folder), folder / catalogue.DESCRIPTION]
@@ -119,7 +119,7 @@ def _remove_reference(folder: Path) -> tuple[int, int]:
     finally:
         lock.release()
     if left := [file.name for file in folder.iterdir()]:
-        print(f"left in {folder}, not written by this cache: {', '.join(sorted(left))}")
+        tell(f"left in {folder}, not written by this cache: {', '.join(sorted(left))}")
     for emptied in (folder, folder.parent):
         with suppress(OSError):  # not empty
             emptied.rmdir()
@@ -148,7 +148,7 @@ def _print_references(references: list[StoredReference]) -> None:
     table.add_column("last used")
     for stored in references:
         facts = [stored.description.get(key) for key in ("model", "dtype", "quantization", "adapter", "compute")]
-        words = ["–" if fact is None else str(fact) for fact in facts]
+        words = ["–" if fact is None else printable(str(fact)) for fact in facts]
         table.add_row(stored.folder.name[:SHOWN], *words, str(stored.rows), decimal(stored.size), _date(stored.used))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:

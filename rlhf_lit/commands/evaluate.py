@@ -7,6 +7,7 @@ import sys
 
 import rlhf_lit.algorithms  # noqa: F401 - so that judges can be named by their class alone
 from rlhf_lit.commands.training import Parser, quiet_libraries
+from rlhf_lit.errors import tell
 from rlhf_lit.evaluation import report
 from rlhf_lit.evaluation.evaluate import evaluate
 from rlhf_lit.files import short_path
@@ -32,5 +33,5 @@ def main(argv: list[str]) -> int:
     arguments.pop("config")
     found, folder = evaluate(**arguments)
     report.show(found, wide=sys.stdout.isatty())
-    print(f"{short_path(folder / 'evaluation.json')}")
+    tell(f"{short_path(folder / 'evaluation.json')}")
     return 0

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from rlhf_lit.commands.training import Parser, quiet_libraries
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, tell
 from rlhf_lit.export.card import model_card
 from rlhf_lit.export.comparison import COMPARED_TOKENS, Difference, compared_on, largest, plain_outputs, trained_outputs
 from rlhf_lit.export.hub import check_hub, upload
@@ -167,5 +167,5 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trust_remote_code", action="store_true", help="Run model code that comes with the weights.")
     arguments = parser.parse_args(argv)
     quiet_libraries()
-    print(export(**arguments.as_dict()))
+    tell(export(**arguments.as_dict()))
     return 0

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lit.commands.training import RunCLI
 from rlhf_lit.commands.training import main as run_command
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, tell
 from rlhf_lit.memory.bench import Bench, Machine, OutOfMemory
 from rlhf_lit.memory.measurement import Measurement
 from rlhf_lit.memory.phases import Phase, out_of_memory
@@ -20,6 +20,8 @@ GIB = 2**30
 
 class MemoryCLI(RunCLI):
     """``fit``'s command line, which measures instead of training and writes nothing."""
+
+    shown = "memory"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One key more than ``fit`` has."""
@@ -51,7 +53,7 @@ class MemoryCLI(RunCLI):
             config = self.config[subcommand]
             config.data.init_args.micro_batch_tokens = 1  # the search has been there
             raise UserError(out_of_memory(full.phase, config)) from None
-        print(verdict(self.bench, most, found))
+        tell(verdict(self.bench, most, found))
 
 
 def show(bench: Bench, found: Measurement, budget: int) -> None:

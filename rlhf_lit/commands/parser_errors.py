@@ -69,7 +69,7 @@ def condense(message: str) -> str:
             keys = ", ".join(".".join(filter(None, [where, name])) for name in names)
             return f"{keys}: required, and not set in a config or on the command line"
         if match := _NO_CLASS.search(text):
-            return f"{where}: there is no class named {match['name']!r}"
+            return ": ".join(filter(None, [where, f"there is no class named {match['name']!r}"]))
         if match := _NO_FIELDS.search(text):
             wanted.append(f"the fields of {match['type']}")
         elif match := _EXPECTED.search(text):

@@ -10,7 +10,7 @@ from rlhf_lit import playground
 from rlhf_lit.algorithms.sft import SFT
 from rlhf_lit.commands.training import Parser, quiet_libraries
 from rlhf_lit.data.records import Message
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, tell
 from rlhf_lit.evaluation.sampling import draw
 from rlhf_lit.files import atomic
 from rlhf_lit.models.base import Base
@@ -67,5 +67,5 @@ def main(argv: list[str]) -> int:
     arguments = parser.instantiate_classes(arguments)
     quiet_libraries()
     count = write_pairs(**arguments.as_dict())
-    print(f"{count} {'ranked lists' if arguments.ranked else 'pairs'} in {arguments.to}")
+    tell(f"{count} {'ranked lists' if arguments.ranked else 'pairs'} in {arguments.to}")
     return 0

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from rlhf_lit import playground
 from rlhf_lit.commands import playground as pairs
 from rlhf_lit.commands import training
+from rlhf_lit.commands.shipped import folder
 from rlhf_lit.commands.training import Parser
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import printable, tell
 from rlhf_lit.models.base import Base
 
 if TYPE_CHECKING:
     from rlhf_lit.evaluation.scoreboard import Row
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 FOLDER = Path("runs/quickstart")
 LABELS = {
     "base": "base (untrained)",
@@ -46,21 +46,16 @@ def run(overlays: list[str] | None = None, world: playground.World = playground.
 
     Returns:
         The scoreboard's JSON file.
-
-    Raises:
-        UserError: the configs are not beside the package (it was not installed from a checkout).
     """
-    if not CONFIGS.is_dir():
-        raise UserError(f"quickstart: no configs in {CONFIGS}; run it from a checkout (pip install -e .)")
-    started = time.perf_counter()
+    started, configs = time.perf_counter(), folder("configs")
     extra = [f"--config={overlay}" for overlay in overlays or []]
     default = playground.World()
     changed = {name: value for name, value in asdict(world).items() if value != getattr(default, name)}
 
     def fit(algorithm: str) -> None:
-        print(f"\n── {algorithm} ──")
+        tell(f"\n── {algorithm} ──")
         worlds = [option for rows in WORLDLY.get(algorithm, ()) for option in _options(f"data.{rows}.world", changed)]
-        training.main(["fit", f"--config={CONFIGS / algorithm / 'quickstart.yaml'}", *extra, *worlds])
+        training.main(["fit", f"--config={configs / algorithm / 'quickstart.yaml'}", *extra, *worlds])
 
     fit("sft")
     for split, file in (("train", "pairs.jsonl"), ("held_out", "pairs_held_out.jsonl")):
@@ -69,7 +64,7 @@ def run(overlays: list[str] | None = None, world: playground.World = playground.
     fit("reward")
     fit("ppo")
     fit("dpo")
-    print("\n── scoreboard ──")
+    tell("\n── scoreboard ──")
     return evaluate(started, world)
 
 
@@ -106,8 +101,8 @@ def evaluate(started: float, world: playground.World) -> Path:
     file.write_text(json.dumps(report, indent=2) + "\n")
     picture(rows, LABELS, FOLDER / "scoreboard.png")
     _print(rows, responses, held_out)
-    print(f"reward model: {accuracy:.3f} ± {margin:.3f} right on {count} held-out pairs (labels are noisy)")
-    print(f"{seconds:.0f} s in all · {file} · {FOLDER / 'scoreboard.png'}")
+    tell(f"reward model: {accuracy:.3f} ± {margin:.3f} right on {count} held-out pairs (labels are noisy)")
+    tell(f"{seconds:.0f} s in all · {file} · {FOLDER / 'scoreboard.png'}")
     return file
 
 
@@ -130,6 +125,7 @@ def reward_accuracy() -> tuple[float, int]:
 def _print(rows: dict[str, Row], responses: dict[str, list[str]], prompts: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 110)  # a log has no width of its own
     table = Table(title=f"{len(prompts)} held-out prompts, mean [95 % interval]")
@@ -144,7 +140,8 @@ def _print(rows: dict[str, Row], responses: dict[str, list[str]], prompts: list[
     for name in ("sft", "ppo", "dpo"):
         samples.add_column(LABELS[name])
     for i in range(0, len(prompts), max(1, len(prompts) // SHOWN)):
-        samples.add_row(prompts[i], *(responses[name][i] for name in ("sft", "ppo", "dpo")))
+        texts = [prompts[i], *(responses[name][i] for name in ("sft", "ppo", "dpo"))]
+        samples.add_row(*(Text(printable(text)) for text in texts))
     console.print(samples)
 
 

@@ -11,7 +11,7 @@ from lightning import seed_everything
 
 import rlhf_lit.algorithms  # noqa: F401 - so that judges can be named by their class alone
 from rlhf_lit.commands.training import Parser, quiet_libraries
-from rlhf_lit.errors import UserError, say
+from rlhf_lit.errors import UserError, say, tell
 from rlhf_lit.files import short_path
 from rlhf_lit.report import folder as place
 from rlhf_lit.report.comparing import arms_of
@@ -121,5 +121,5 @@ def main(argv: list[str]) -> int:
     parts = [f"{len(study.arms)} arms, {len(study.runs)} runs"]
     parts += [f"{few} arms with fewer than 3 seeds: no interval over seeds"] if few else []
     parts.append(short_path(options["out"].expanduser().absolute() / place.PAGE))
-    print(" · ".join(parts))
+    tell(" · ".join(parts))
     return 0

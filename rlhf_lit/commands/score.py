@@ -22,7 +22,7 @@ from rlhf_lit.data.formats import without_compression
 from rlhf_lit.data.reports import RowReport
 from rlhf_lit.data.sources import ColumnName, Source, read_rows
 from rlhf_lit.data.truncation import Truncation, truncate_group
-from rlhf_lit.errors import UserError, say
+from rlhf_lit.errors import UserError, hand_over, say, tell
 from rlhf_lit.files import atomic
 from rlhf_lit.models.anatomy import context_length
 from rlhf_lit.models.base import Base
@@ -272,7 +272,7 @@ def _line(row: Row, found: Scored | Unusable, kind: Kind) -> str:
 def _write(text: str, target: Path | None) -> None:
     """All lines at once: a file is whole, or as it was."""
     if target is None:
-        sys.stdout.write(text)
+        hand_over(text, end="")
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -293,5 +293,5 @@ def main(argv: list[str]) -> int:
     summary = score(**arguments.as_dict())
     to_stdout = arguments.to == "-"
     target = "" if to_stdout else f"; written to {_target(arguments.file, arguments.to)}"
-    print(f"{summary}{target}", file=sys.stderr if to_stdout else sys.stdout)
+    (say if to_stdout else tell)(f"{summary}{target}")
     return 0

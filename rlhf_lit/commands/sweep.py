@@ -6,9 +6,10 @@ import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
+from rlhf_lit.commands.shipped import find
 from rlhf_lit.commands.sweep_arms import resolve
 from rlhf_lit.commands.training import Parser
-from rlhf_lit.errors import UserError, say
+from rlhf_lit.errors import UserError, hand_over, say
 from rlhf_lit.sweep.file import read
 from rlhf_lit.sweep.records import Call, Folder, read_arms
 from rlhf_lit.sweep.runner import Runner, begin, check_arms, plan
@@ -17,7 +18,7 @@ FOLDER = Path("runs/sweeps")
 
 
 def sweep(
-    file: Path,
+    file: str,
     jobs: int = 1,
     count: int | None = None,
     seed: int | None = None,
@@ -28,7 +29,7 @@ def sweep(
     """Run the arms of a sweep file.
 
     Args:
-        file: a W&B sweep file.
+        file: a W&B sweep file, or the name of one that is shipped.
         jobs: arms at a time.
         count: how many arms the sweep has: the first so many of a grid, so many draws of a random search.
         seed: of a random search's draws (0 where it is not given).
@@ -46,8 +47,9 @@ def sweep(
         raise UserError(f"--jobs: at least one arm at a time, not {jobs}")
     if count is not None and count < 1:
         raise UserError(f"--count: at least one arm, not {count}")
-    content = read(file)
-    folder = Folder(to or FOLDER / file.stem)
+    path = find(file, "sweeps", "sweep")
+    content = read(path)
+    folder = Folder(to or FOLDER / path.stem)
     with ExitStack() as held:
         if resume:
             if not folder.exists():
@@ -63,7 +65,7 @@ def sweep(
         if dry_run:
             for arm in whole.arms:
                 if arm.status != "finished":
-                    print(shlex.join(whole.command(arm)))
+                    hand_over(shlex.join(whole.command(arm)))
             return 0
         if not resume:
             lock = held.enter_context(folder.lock())
@@ -94,7 +96,7 @@ def _continued(folder: Folder, asked: Call, seed: int | None) -> Call:
 def main(argv: list[str]) -> int:
     """Run ``sweep``: status 0 where all arms finished, 1 where some failed."""
     parser = Parser(prog="rlhf-lit sweep", description="Run a W&B sweep file here: no account, no network.")
-    parser.add_argument("file", type=Path, help="A W&B sweep file.")
+    parser.add_argument("file", type=str, help="A W&B sweep file, or the name of one that `rlhf-lit configs` lists.")
     parser.add_argument("--jobs", type=int, default=1, help="Arms at a time.")
     parser.add_argument("--count", type=int | None, default=None, help="How many arms the sweep has (null: all).")
     parser.add_argument("--seed", type=int | None, default=None, help="Of a random search's draws (null: 0).")

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from rlhf_lit.commands.parser_errors import check_keys, read_configs, read_options
+from rlhf_lit.commands.shipped import with_files
 from rlhf_lit.commands.training import RunCLI
 from rlhf_lit.commands.training import main as run_command
 from rlhf_lit.errors import UserError
@@ -18,11 +19,6 @@ from rlhf_lit.sweep.check import Resolved, as_plain
 
 class Check(RunCLI):
     """``fit``'s command line up to the module, the data module and the callbacks it makes; no folder, no run."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The parsers of the others take as long to build, and are of no use here."""
-        return {"fit": RunCLI.subcommands()["fit"]}
 
     def before_instantiate_classes(self) -> None:
         """A value on the command line that reaches nothing is an arm that is not what it says."""
@@ -40,6 +36,7 @@ class Check(RunCLI):
 
     def again(self, argv: list[str]) -> None:
         """Another command through the same parser, which takes longer to build than to use."""
+        argv = with_files(argv)
         self.documents = [*read_configs(argv), *read_options(argv)]
         self.parse_arguments(self.parser, argv)
         self.before_instantiate_classes()

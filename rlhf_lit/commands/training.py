@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import ast
 import json
-import logging
 import os
 import pickle
 import signal
 import sys
 import traceback
-import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,10 +30,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from rlhf_lit import runs
 from rlhf_lit.algorithms.algorithm import Algorithm
+from rlhf_lit.commands.help import Formatter, class_helps, describe
+from rlhf_lit.commands.noise import quiet_libraries
 from rlhf_lit.commands.parser_errors import check_keys, condense, read_configs, read_options, refuse_ambiguous
 from rlhf_lit.commands.renamed import require_present_names
+from rlhf_lit.commands.shipped import with_files
 from rlhf_lit.data.modules import TextDataModule
-from rlhf_lit.errors import UserError, is_live, say
+from rlhf_lit.errors import UserError, say, tell
 from rlhf_lit.files import check_yaml
 from rlhf_lit.losses.advantages import AdvantageEstimator
 from rlhf_lit.losses.kl import KLController
@@ -44,6 +45,7 @@ from rlhf_lit.losses.preference import PreferenceLoss
 from rlhf_lit.memory.phases import is_out_of_memory, out_of_memory, phase_of
 from rlhf_lit.parallel.faults import RANK_LOST, how_to_go_on, is_lost_connection
 from rlhf_lit.preflight.callback import Preflight
+from rlhf_lit.preflight.check import LeftOut
 from rlhf_lit.trainer import loggers, progress, strategies
 from rlhf_lit.trainer.callbacks import Checkpoint, HFExport, PredictionWriter, RolloutDump, RunRecord, SampleWriter
 from rlhf_lit.trainer.preemption import Preemption
@@ -78,23 +80,6 @@ BAD_PRECISION = {
     "bf16": "say bf16-mixed",
 }
 
-NOISE = (
-    r"LightningCLI's args parameter is intended",  # the front door reads sys.argv once, for all commands
-    r"Using ModelCheckpoint with manual optimization",  # it advises to save the weights before the step; we want after
-    r"Checkpoint directory .* exists and is not empty",  # a resumed run
-    r"The dirpath has changed",  # a new run from another one's checkpoint
-    r"Couldn't infer the batch indices",  # predictions carry their rows
-    r".*does not have many workers",
-    r"Total length of `list` across ranks is zero",  # no validation rows were asked for
-    r"The number of training batches .* is smaller than the logging interval",
-    r"Found \d+ module\(s\) in eval mode",  # DPO and PPO train without dropout, and frozen models stay in eval
-    r"You have overridden `on_before_batch_transfer`",  # the module adds the cached reference's log-probs there
-    r"`max_epochs` was not set",  # said in our own words, and not where data.episodes is set
-    r"`is_gradient_checkpointing` is deprecated",  # asked by peft, not by us
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-)
-
-
 _load_yaml = get_loader("yaml")
 
 
@@ -109,15 +94,18 @@ class Parser(LightningArgumentParser):
     """Ends in one line and status 2 where jsonargparse prints its usage and some sixty lines, and refuses YAML in which
     a key is there twice."""
 
+    program = "rlhf-lit"  # of the command that is running: nested parsers are made without it
+
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        Parser.program = options.setdefault("prog", Parser.program)
+        super().__init__(*args, **{"formatter_class": Formatter, **options})
         set_loader("yaml", _load_checked, (yaml.YAMLError,))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Nested parsers still raise: a union is resolved by trying its members and catching that."""
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
-        sys.stderr.write(f"error: {condense(message)}\n")
+        say(f"error: {condense(message)}", every_rank=True)
         sys.exit(2)
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:
@@ -127,10 +115,12 @@ class Parser(LightningArgumentParser):
         it: None, which is a text in YAML.
 
         Raises:
-            UserError: a config or an option with a key that is there twice, or with aliases that have no end.
+            UserError: no such config; one with a key that is there twice, or with aliases that have no end, and
+                likewise of an option.
         """
         if self.exit_on_error:
-            refuse_ambiguous(sys.argv[1:] if args is None else args)
+            args = with_files(sys.argv[1:] if args is None else args)
+            refuse_ambiguous(args)
         if not self.exit_on_error and args is not None:
             args = [_as_yaml(word) for word in args]
         return super().parse_args(args, *rest, **options)
@@ -151,11 +141,16 @@ class RunCLI(LightningCLI):
     """The command line of the four training commands.
 
     Beside Lightning's keys a config has ``name`` and ``runs`` (where the run's folder stands), ``preflight`` (whether
-    it is checked before its first step) and ``checkpoint`` (how often to save). ``--ckpt_path last`` continues the
-    newest run of that name that has a checkpoint, in its folder; ``last-or-none`` starts one where there is none.
+    it is checked before its first step, or by which checks not) and ``checkpoint`` (how often to save). ``--ckpt_path
+    last`` continues the newest run of that name that has a checkpoint, in its folder; ``last-or-none`` starts one where
+    there is none.
     """
 
+    shown: str | None = None  # the command's name, where it is another than that of the trainer's function
+
     def __init__(self, argv: list[str]) -> None:
+        argv = with_files(argv)
+        self.asked = argv[0]
         self.documents = [*read_configs(argv), *read_options(argv)]
         require_present_names(self.documents)
         self.folder: Path | None = None
@@ -167,7 +162,7 @@ class RunCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"allow_abbrev": False},
+            parser_kwargs={"allow_abbrev": False, "prog": f"rlhf-lit {self.shown or argv[0]}"},
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=argv,
@@ -183,10 +178,22 @@ class RunCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the runs.")
         # Known to all four commands, since a run's config.yaml serves them all.
         parser.add_argument(
-            "--preflight", type=bool, default=True, help="Check rows, models and rewards before the first step of fit."
+            "--preflight",
+            type=bool | LeftOut,
+            default=True,
+            help="Check rows, models and rewards before the first step of fit; {skip: [NAME]} leaves some out.",
         )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutDump, "debug")
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that was asked for: the parsers of the others take as long to build."""
+        return {self.asked: super().subcommands()[self.asked]}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+        describe(parser, self.shown or subcommand, ELSEWHERE)
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Lightning merges a checkpoint's hyper-parameters over what the user set here; we never do."""
@@ -237,8 +244,9 @@ class RunCLI(LightningCLI):
         plugins = _as_list(settings.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeFiles())
-        if self.subcommand == "fit" and config.preflight:  # before the callbacks that show or write anything
-            callbacks.append(Preflight())
+        left_out: LeftOut | bool = self._get(self.config_init, "preflight")
+        if self.subcommand == "fit" and left_out:  # before the callbacks that show or write anything
+            callbacks.append(Preflight(LeftOut() if left_out is True else left_out))
         try:
             return super().instantiate_trainer(
                 default_root_dir=str(folder.absolute()),
@@ -294,7 +302,7 @@ class RunCLI(LightningCLI):
     def after_fit(self) -> None:
         """One line to end with: where the run is, and what it reached."""
         if self.trainer.is_global_zero:
-            print(progress.closing_line(self.trainer))
+            tell(progress.closing_line(self.trainer))
 
 
 def _check_trainer(trainer: Namespace) -> None:
@@ -363,20 +371,6 @@ def _while_restoring(error: BaseException) -> bool:
     return any("checkpoint_connector" in module for module, _ in _frames(error))
 
 
-def quiet_libraries() -> None:
-    """Silence Lightning's banners, transformers' bars, and the warnings that do not apply to runs made here."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a profiler's report is such a message
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    from transformers.utils import logging as transformers_logging
-
-    if not is_live(sys.stderr):
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a bar in a file is a thousand lines
-    transformers_logging.disable_progress_bar()  # "Loading weights", for every model of a run
-
-
 def main(argv: list[str], command: Callable[[list[str]], object] = RunCLI) -> int:
     """Run ``fit``, ``validate``, ``test`` or ``predict``, or what another command line makes of their options.
 
@@ -391,5 +385,10 @@ def main(argv: list[str], command: Callable[[list[str]], object] = RunCLI) -> in
         )  # a reward function in the user's folder, for the console script as for `python -m`
     # Dataclasses are plain fields to the parser, unless it is told that one is a family chosen from by class_path.
     set_parsing_settings(subclasses_enabled=[PreferenceLoss, PolicyLoss, AdvantageEstimator, KLController])
-    command(argv)
+    for words in [[argv[0], option] for option in class_helps(argv)] or [argv]:
+        try:
+            command(words)
+        except SystemExit as stop:
+            if stop.code:
+                raise
     return 0

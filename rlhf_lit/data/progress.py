@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rlhf_lit.errors import is_live, say
+from rlhf_lit.errors import is_live, printable, say
 
 SECONDS = 15.0  # between two lines where there is no terminal
 
@@ -30,13 +30,14 @@ def loading(name: str) -> Iterator[Advance]:
         yield _lines(name)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     started = time.monotonic()
     rate = TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s")
     columns = (TextColumn("{task.description}"), BarColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"{name}: reading", total=1.0, rows=0, rate=0.0)
+        task = progress.add_task(escape(printable(f"{name}: reading")), total=1.0, rows=0, rate=0.0)
 
         def advance(rows: int, done: float) -> None:
             progress.update(task, completed=done, rows=rows, rate=rows / (time.monotonic() - started))

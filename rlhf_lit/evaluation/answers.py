@@ -19,7 +19,7 @@ from rlhf_lit.errors import UserError
 from rlhf_lit.evaluation.estimates import Array
 from rlhf_lit.evaluation.sampling import draw, prompt_text
 from rlhf_lit.models.anatomy import context_length, unwrapped
-from rlhf_lit.models.rope import first_context, leaves_room
+from rlhf_lit.models.rope import first_context
 from rlhf_lit.preflight.sampler import prompts_of, sampler
 from rlhf_lit.rollout.rewards import RewardSource, shown
 
@@ -74,17 +74,18 @@ def fitting(prompts: Sequence[Prompt], module: SFT, template: Template, report: 
     Raises:
         UserError: none does.
     """
-    policy, new_tokens = module.roles.policy, module.sampling.max_new_tokens
+    policy = module.roles.policy
     chat, kept = ChatFormat(module.tokenizer, template), []
     for prompt in prompts:
-        if not leaves_room(policy, len(chat.prompt(prompt.prompt, prompt.tools)), new_tokens):
+        if not module.leaves_room(len(chat.prompt(prompt.prompt, prompt.tools))):
             report.drop("over-long", prompt.row)
         else:
             kept.append(prompt)
     if not kept:
+        fewest = module.sampling.max_new_tokens or 1
         raise UserError(
-            f"sampling.max_new_tokens: {new_tokens} new tokens leave no prompt of {report.file} room in the model's "
-            f"context of {first_context(unwrapped(policy)) or context_length(policy)}"
+            f"sampling.max_new_tokens: {fewest} new tokens leave no prompt of {report.file} "
+            f"room in the model's context of {first_context(unwrapped(policy)) or context_length(policy)}"
         )
     return kept
 

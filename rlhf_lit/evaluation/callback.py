@@ -23,7 +23,6 @@ from rlhf_lit.evaluation.answers import Answers, Judge, read_answers
 from rlhf_lit.evaluation.divergence import kl_per_response
 from rlhf_lit.evaluation.win_rate import wins
 from rlhf_lit.models.base import Base
-from rlhf_lit.models.rope import leaves_room
 from rlhf_lit.rollout.rewards import RewardSource
 from rlhf_lit.training.reduction import sum_over_ranks
 
@@ -115,11 +114,7 @@ class WinRate(Callback):
         if not rows:
             raise UserError("WinRate: it needs held-out prompts: name data.validation, or set data.validation_fraction")
         distinct = {tuple(row["prompt"]): row for row in reversed(rows) if row["prompt"]}
-        fitting = [
-            row
-            for row in reversed(distinct.values())
-            if leaves_room(module.roles.policy, len(row["prompt"]), module.sampling.max_new_tokens)
-        ][: self.prompts]
+        fitting = [row for row in reversed(distinct.values()) if module.leaves_room(len(row["prompt"]))][: self.prompts]
         if len(fitting) < trainer.world_size:
             raise UserError(
                 f"WinRate: {len(fitting)} of the validation rows have a prompt that leaves room for a response "

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_lit.data.records import RowReport
+from rlhf_lit.errors import printable
 from rlhf_lit.evaluation.best_of_n import Point
 from rlhf_lit.evaluation.estimates import LEVEL, RESAMPLES, Estimate
 from rlhf_lit.evaluation.pairs import PairReport
 from rlhf_lit.evaluation.win_rate import HeadToHead
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 SHOWN = 6
 INTERVALS = f"{LEVEL:.0%}, percentile bootstrap over prompts, {RESAMPLES} resamples (of shares of pairs: Wilson's)"
@@ -150,7 +154,7 @@ def show(found: Evaluation, wide: bool) -> None:
     table.add_column("")
     table.add_column("", justify="right")
     for name, value in lines(found):
-        table.add_row(name, value)
+        table.add_row(_cell(name), _cell(value))
     console.print(table)
     first = [row for row in found.samples if row["sample"] == 0]
     if not first:
@@ -158,16 +162,17 @@ def show(found: Evaluation, wide: bool) -> None:
     side_by_side = Table(title="side by side")
     names = ["prompt", *found.responses]
     for name in names:
-        side_by_side.add_column(name)
+        side_by_side.add_column(_cell(name))
     for row in first[:: max(1, len(first) // SHOWN)][:SHOWN]:
-        side_by_side.add_row(*(_escaped(row.get(name)) for name in names))
+        side_by_side.add_row(*(_cell(row.get(name)) for name in names))
     console.print(side_by_side)
 
 
-def _escaped(text: str | None) -> str:
-    from rich.markup import escape
+def _cell(text: str | None) -> Text:
+    """As it stands: no markup of rich's, and nothing that acts on a terminal."""
+    from rich.text import Text
 
-    return escape(text or "")
+    return Text(printable(text or ""))
 
 
 def picture(found: Evaluation, file: Path) -> bool:

@@ -30,7 +30,7 @@ _WORDS: dict[Phase, str] = {
     "optimizer": "in the update, for the optimizer's state",
     "validation": "in the validation",
 }
-_SMALLER = "--config configs/overlays/qlora.yaml trains adapters on a 4-bit base"
+_SMALLER = "--config overlays/qlora trains adapters on a 4-bit base"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

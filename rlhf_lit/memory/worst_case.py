@@ -93,7 +93,7 @@ class WorstCase(LightningDataModule):
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence: prompt and response, as far as the model's context reaches."""
-        answer = self.module.sampling.max_new_tokens if isinstance(self.module, OnPolicy) else 0
+        answer = self.module.sampling.limit if isinstance(self.module, OnPolicy) else 0
         length = self.data.max_length + answer
         return min(length, context_length(self._model) or length)
 
@@ -147,7 +147,10 @@ class WorstCase(LightningDataModule):
 
     def _experience(self, module: OnPolicy, shapes: list[Shape], step: int) -> Batch:
         """A rollout of enough rows to fill a sampling batch, a scoring pass and the update's micro-batches."""
-        room = module.sampling.max_new_tokens
+        room = module.sampling.limit
+        if module.sampling.max_new_tokens is None:  # what the context leaves after one token
+            room = min(room, self.longest - 1)
+            module.sampling = replace(module.sampling, max_new_tokens=room)
         if self.longest <= room:
             raise UserError(f"model.sampling.max_new_tokens: {room} leave no room for a prompt in the model's context")
         scored = SCORING_BUDGET * self.budget // self.longest
@@ -208,7 +211,7 @@ def prepare(module: Algorithm, measurement: Measurement) -> None:
         measurement.enter("score")
         return samples
 
-    module.respond = respond  # type: ignore[method-assign]
+    module.respond = respond  # type: ignore[method-assign, assignment]
     for source in module.reward.modules():
         is_model = isinstance(source, RewardFromModel | RewardSum) or any(True for _ in source.parameters())
         if isinstance(source, RewardSource) and not is_model:

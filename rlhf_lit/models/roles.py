@@ -57,12 +57,16 @@ class Critic:
         learning_rate: peak learning rate of the critic (on the policy's trunk: of its head); null is the policy's.
         warmup: optimizer steps at the start of the run that train the critic alone (on the policy's trunk: its head);
             an adaptive β stands still meanwhile.
+        head: how a new head (`init: policy`) starts: drawn by the seed with standard deviation 1/√(d+1), and divided by
+            the standard deviation of its values of the first training prompts where that is above 1 (`scaled`), or as
+            it was drawn (`seed`).
     """
 
     init: Literal["reward", "policy"] = "reward"
     trunk: bool = False
     learning_rate: float | None = None
     warmup: int = 0
+    head: Literal["scaled", "seed"] = "scaled"
 
     def __post_init__(self) -> None:
         if self.learning_rate is not None and not self.learning_rate > 0:

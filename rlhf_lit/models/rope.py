@@ -27,12 +27,21 @@ def first_context(model: Any) -> int | None:
     return min(found, default=None)
 
 
-def leaves_room(model: nn.Module, prompt: int, new_tokens: int) -> bool:
-    """Whether a prompt of so many tokens and a response to it fit a model's context, and stay on one side of the first
-    one, where it has two: beyond it all tokens get other frequencies, those too that were written with the first."""
+def room(model: nn.Module, prompt: int) -> int | None:
+    """Tokens that a model's context leaves after a prompt of so many, 0 or less where it leaves none; None without end.
+
+    Where there are two contexts, prompt and response stay on one side of the first: beyond it all tokens get other
+    frequencies, those too that were written with the first.
+    """
     context, first = context_length(model), first_context(unwrapped(model))
-    longest = prompt + new_tokens
-    return (context is None or longest <= context) and (first is None or prompt > first or longest <= first)
+    ends = [end for end in (context, first if first and prompt <= first else None) if end is not None]
+    return min(ends) - prompt if ends else None
+
+
+def leaves_room(model: nn.Module, prompt: int, new_tokens: int) -> bool:
+    """Whether a prompt of so many tokens leaves room for a response of so many."""
+    left = room(model, prompt)
+    return left is None or new_tokens <= left
 
 
 def _contexts(config: Any) -> dict[str | None, int]:

@@ -15,8 +15,9 @@ from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
 from rlhf_lit.parallel.sharding import sharding_of
-from rlhf_lit.preflight.check import VERDICTS, Check, show
+from rlhf_lit.preflight.check import VERDICTS, Check, LeftOut, show
 from rlhf_lit.preflight.checks import checks
+from rlhf_lit.preflight.rows import Looked
 
 
 class Preflight(Callback):
@@ -24,9 +25,16 @@ class Preflight(Callback):
 
     Every rank looks at rows of its own; the worst verdict counts, on all of them.
 
+    Args:
+        left_out: checks that are not made.
+
     Raises:
         UserError: a check failed; in one line which, what was found, and what to do.
     """
+
+    def __init__(self, left_out: LeftOut = LeftOut()) -> None:
+        super().__init__()
+        self.left_out = left_out
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Once per ``fit``, after a checkpoint was restored."""
@@ -35,13 +43,14 @@ class Preflight(Callback):
         own: Any = getattr(trainer, "datamodule", None)
         data = own if isinstance(own, TextDataModule) else None
         found: list[Check] = []
+        looked = Looked()
         error = None
         sharding = sharding_of(pl_module)
         with isolate_rng(), trainer.precision_plugin.forward_context(), torch.no_grad():
             try:
                 # All ranks must run the same passes where models are sharded: there they look at the same rows.
                 place = (0, 1) if sharding.is_sharded else (trainer.global_rank, trainer.world_size)
-                found.extend(checks(pl_module, data, *place))
+                found.extend(checks(pl_module, data, *place, self.left_out, looked))
             except UserError as problem:  # on this rank; the others wait for its findings
                 error = str(problem)
         sharding.reshard()
@@ -51,11 +60,11 @@ class Preflight(Callback):
                 raise UserError(line)
         verdict = merged([rank for rank, _ in reports])
         if trainer.is_global_zero:
-            show(verdict, time.perf_counter() - started)
+            show(verdict, looked, time.perf_counter() - started)
         for check in verdict:
             if check.verdict == "failed":
-                advice = f"{check.advice}; or preflight: false to go on without"
-                raise UserError(f"preflight: {check.name}: {check.found}; {advice}")
+                without = f"to go on without it, preflight: {{skip: [{check.name}]}}"
+                raise UserError(f"preflight: {check.name}: {check.found}; {check.advice}; {without}")
 
 
 def _gathered(own: Any, world: int) -> list[Any]:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 import torch
 from torch import nn
 
-Verdict = Literal["ok", "skipped", "warning", "failed"]
-VERDICTS: tuple[Verdict, ...] = ("ok", "skipped", "warning", "failed")  # from best to worst
-STYLES = {"ok": "green", "skipped": "dim", "warning": "yellow", "failed": "bold red"}
+from rlhf_lit.errors import UserError, printable
+
+# All there are; a run gets those that its algorithm and its rows allow.
+NAMES = (
+    "trainable parameters",
+    "text kept",
+    "one BOS",
+    "supervised tokens",
+    "EOS supervised",
+    "padding",
+    "sampler",
+    "starting loss",
+    "KL = 0",
+    "reference",
+    "loss at step 0",
+    "ratio = 1",
+    "reward scores",
+    "reward alone",
+)
+Verdict = Literal["ok", "skipped", "left out", "warning", "failed"]
+VERDICTS: tuple[Verdict, ...] = ("ok", "skipped", "left out", "warning", "failed")  # from best to worst
+STYLES = {"ok": "green", "skipped": "dim", "left out": "dim", "warning": "yellow", "failed": "bold red"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,31 @@ class Check:
     verdict: Verdict
     found: str
     advice: str = ""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Single checks that are not to be made.
+
+    Args:
+        skip: their names, as they stand in the table.
+    """
+
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = {name.lower(): name for name in NAMES}
+        for name in self.skip:
+            if name not in NAMES:
+                near = get_close_matches(name.lower(), names, n=1)
+                hint = f"did you mean {names[near[0]]!r}?" if near else f"there are {', '.join(NAMES)}"
+                raise UserError(f"preflight.skip: there is no check {name!r}; {hint}")
+
+    def unless(self, name: str, check: Callable[[], Check]) -> Check:
+        """What a check says, or that it is left out."""
+        if name in self.skip:
+            return Check(name, "left out", "by preflight.skip")
+        return check()
 
 
 def judge(name: str, passed: bool, found: str, advice: str) -> Check:
@@ -69,8 +114,8 @@ def tolerance_of(model: nn.Module) -> Tolerance:
     return HALF_WIDTH if narrow or torch.is_autocast_enabled(device) else FULL_WIDTH
 
 
-def show(found: Sequence[Check], seconds: float) -> None:
-    """The table, a line for each check, and how many passed in what time."""
+def show(found: Sequence[Check], looked: object, seconds: float) -> None:
+    """The table, a line for each check, and how many passed on what and in what time."""
     from rich.console import Console
     from rich.text import Text
 
@@ -81,10 +126,12 @@ def show(found: Sequence[Check], seconds: float) -> None:
     for check in found:
         said = f"{check.found}; {check.advice}" if check.verdict == "warning" else check.found
         verdict = (f"{check.verdict:<{widths[0]}}  ", STYLES[check.verdict])
-        console.print(Text.assemble(verdict, f"{check.name:<{widths[1]}}  {said}"))
+        console.print(Text.assemble(verdict, f"{check.name:<{widths[1]}}  {printable(said)}"))
     counts = {verdict: sum(check.verdict == verdict for check in found) for verdict in VERDICTS}
     others = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS[1:] if counts[verdict]]
-    console.print(f"preflight: {', '.join([count(counts['ok'], 'check') + ' passed', *others])} in {seconds:.1f} s")
+    console.print(
+        f"preflight: {', '.join([count(counts['ok'], 'check') + ' passed', *others])} in {seconds:.1f} s ({looked})"
+    )
 
 
 def count(number: int, word: str) -> str:

@@ -4,53 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import reduce
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.offline import OfflineAlgorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.policy import Writer
+from rlhf_lit.algorithms.reward_model import RewardModel
 from rlhf_lit.batches import Batch, PromptBatch, Sequences
 from rlhf_lit.batches.micro_batches import SCORING_BUDGET, cut_by_tokens
+from rlhf_lit.data.modules import RolloutDataModule
 from rlhf_lit.data.text_module import TextDataModule
 from rlhf_lit.errors import UserError
 from rlhf_lit.losses.supervised import NLLLoss
 from rlhf_lit.models.anatomy import stop_ids
-from rlhf_lit.models.score_pass import Comparison, compare_with_reference
-from rlhf_lit.preflight.check import Check, tolerance_of
+from rlhf_lit.models.score_pass import compare_with_reference
+from rlhf_lit.preflight.check import Check, LeftOut, tolerance_of
 from rlhf_lit.preflight.models import (
     absolute,
+    at_start,
     logprobs_of,
     no_distance,
     padding,
     preference_loss,
-    ratio_one,
     reference_stays,
     relative,
     same_as_cached,
     scores_of,
     starting_loss,
+    starting_scores,
+    too_late,
     trainable_parameters,
 )
-from rlhf_lit.preflight.rewards import scores_alone, scores_vary
+from rlhf_lit.preflight.rows import (
+    MOVED_ROWS,
+    PASS_TOKENS,
+    SHORT_ANSWER_TOKENS,
+    TOKEN_ROWS,
+    Looked,
+    ModelRows,
+    budget_of,
+    lengths_of,
+    model_rows,
+)
 from rlhf_lit.preflight.sampler import prompts_of, sampler
+from rlhf_lit.preflight.samples import OF_SAMPLES, Rollout
 from rlhf_lit.preflight.text import text_kept
 from rlhf_lit.preflight.tokens import Marks, one_bos, supervised_eos, supervised_tokens
-from rlhf_lit.rollout.collect import raw_scores, score_pass
-from rlhf_lit.rollout.engine import Samples
-
-TOKEN_ROWS = 64  # rows whose tokens are read
-MODEL_ROWS = 4  # rows (or pairs) that go through the models
-PROMPTS = 8  # prompts that are answered and scored
-ANSWER_TOKENS = 32  # longest answer to one of them
 
 
-def checks(module: Algorithm, data: TextDataModule | None, rank: int = 0, world: int = 1) -> Iterator[Check]:
+def checks(
+    module: Algorithm,
+    data: TextDataModule | None,
+    rank: int = 0,
+    world: int = 1,
+    left_out: LeftOut = LeftOut(),
+    looked: Looked | None = None,
+) -> Iterator[Check]:
     """The checks of a run, one after the other, on rows of the data module or as far as can be told without them.
 
     Token faults end the list: a model has nothing to say about rows without supervised tokens.
@@ -59,8 +73,11 @@ def checks(module: Algorithm, data: TextDataModule | None, rank: int = 0, world:
         module: with its models built, in the modes it trains in.
         data: after ``setup``; None where the run has loaders of its own.
         rank, world: which rows this process looks at.
+        left_out: checks that are not made.
+        looked: told what was looked at.
     """
-    yield trainable_parameters(module)
+    looked = looked or Looked()
+    yield left_out.unless("trainable parameters", lambda: trainable_parameters(module))
     if data is None:
         return
     # Of rows that are not trained on, a cache may not know the reference's log-probs.
@@ -74,16 +91,16 @@ def checks(module: Algorithm, data: TextDataModule | None, rank: int = 0, world:
             f"data: {type(data).__name__} makes {type(batch).__name__}, which is no kind of batch: derive it from "
             "rlhf_lit.batches.Batch"
         )
-    yield text_kept(module.tokenizer, [(row["row"], row["source"]) for row in rows])
+    looked.read = len(rows)
+    yield left_out.unless(
+        "text kept", lambda: text_kept(module.tokenizer, [(row["row"], row["source"]) for row in rows])
+    )
     failed = False
-    for check in token_checks(module, batch, [row["row"] for row in rows]):
+    for check in token_checks(module, batch, [row["row"] for row in rows], left_out):
         failed |= check.verdict == "failed"
         yield check
-    if failed:
-        return
-    some = batch.select(torch.arange(min(len(rows), PROMPTS if isinstance(batch, PromptBatch) else MODEL_ROWS)))
-    some = module.on_before_batch_transfer(some, 0)
-    yield from model_checks(module, some.to(module.device))
+    if not failed:
+        yield from model_checks(module, batch, budget_of(_step_tokens(module, data, batch, world)), left_out, looked)
 
 
 def _places(size: int, count: int, rank: int, world: int) -> list[int]:
@@ -91,13 +108,26 @@ def _places(size: int, count: int, rank: int, world: int) -> list[int]:
     return list(range(rank, size, world))[:count] or [rank % size]
 
 
-def token_checks(module: Algorithm, batch: Batch | PromptBatch, rows: Sequence[int]) -> Iterator[Check]:
+def _step_tokens(module: Any, data: TextDataModule, batch: Batch | PromptBatch, world: int) -> float:
+    """About how many tokens an optimizer step sees on a rank: of a rollout, all of it."""
+    if isinstance(batch, PromptBatch):
+        size = data.rollout_size if isinstance(data, RolloutDataModule) else data.batch_size
+        tokens = float(batch.prompts.lengths.float().mean()) + module.sampling.limit
+    else:
+        size, tokens = data.batch_size, sum(lengths_of(batch)) / len(batch)
+    return size * tokens / world
+
+
+def token_checks(
+    module: Algorithm, batch: Batch | PromptBatch, rows: Sequence[int], left_out: LeftOut = LeftOut()
+) -> Iterator[Check]:
     """What the tokens of a batch tell.
 
     Args:
         module: whose tokenizer made them.
         batch: as the data module makes it.
         rows: numbers of its rows in the data file.
+        left_out: checks that are not made.
 
     Raises:
         UserError: a kind of batch of the user's own, whose answers cannot be told apart by row.
@@ -105,7 +135,7 @@ def token_checks(module: Algorithm, batch: Batch | PromptBatch, rows: Sequence[i
     stops = _stops(module)
     marks = Marks.of(module.tokenizer, stops)
     if isinstance(batch, PromptBatch):
-        yield one_bos([batch.prompts], rows, marks)
+        yield left_out.unless("one BOS", lambda: one_bos([batch.prompts], rows, marks))
         return
     sides = batch.answers()
     if not sides:
@@ -117,11 +147,11 @@ def token_checks(module: Algorithm, batch: Batch | PromptBatch, rows: Sequence[i
             f"{name}.answers(): {' and '.join(str(len(side)) for side in sides)} sequences for {len(rows)} rows; say "
             f"in {name}.rows_of_answers() which row each belongs to"
         )
-    yield one_bos(sides, rows, marks)
-    supervised = supervised_tokens(sides, rows)
+    yield left_out.unless("one BOS", lambda: one_bos(sides, rows, marks))
+    supervised = left_out.unless("supervised tokens", lambda: supervised_tokens(sides, rows))
     yield supervised
-    if supervised.verdict == "ok":
-        yield supervised_eos(sides, rows, stops)
+    if supervised.verdict != "failed":
+        yield left_out.unless("EOS supervised", lambda: supervised_eos(sides, rows, stops))
 
 
 def _stops(module: Algorithm) -> tuple[int, ...]:
@@ -130,115 +160,104 @@ def _stops(module: Algorithm) -> tuple[int, ...]:
     return (module.tokenizer.eos_token_id,)
 
 
-def model_checks(module: Algorithm, batch: Batch | PromptBatch) -> Iterator[Check]:
-    """What the models make of a handful of rows, by what the algorithm has. Call it without gradients."""
+def model_checks(
+    module: Algorithm,
+    batch: Batch | PromptBatch,
+    budget: int = PASS_TOKENS,
+    left_out: LeftOut = LeftOut(),
+    looked: Looked | None = None,
+) -> Iterator[Check]:
+    """What the models make of a handful of rows, by what the algorithm has. Call it without gradients.
+
+    Args:
+        module: the algorithm.
+        batch: rows to choose from, on the CPU.
+        budget: tokens of a pass.
+        left_out: checks that are not made.
+        looked: told what was looked at.
+    """
+    looked = looked or Looked()
     if isinstance(batch, PromptBatch):
         if isinstance(module, OnPolicy):
-            yield from _sampled(module, batch)
+            rollout = Rollout(module, batch, budget, looked)
+            for name, on_samples in OF_SAMPLES:
+                yield left_out.unless(name, partial(on_samples, rollout))
         return
-    sides = batch.answers()
-    if not sides:
+    if not batch.answers() or (chosen := model_rows(batch, budget)) is None:
         return
-    sequences = reduce(Sequences.join, sides)
-    for fits, check in OF_ANSWERS:
+    looked.rows, looked.tokens = len(chosen.sequences), int(chosen.sequences.lengths.sum())
+    whole = module.on_before_batch_transfer(chosen.whole, 0).to(module.device)
+    rows = ModelRows(whole, chosen.sequences.to(module.device), chosen.first.to(module.device))
+    for name, fits, on_answers in OF_ANSWERS:
         if fits(module):
-            yield from check(module, batch, sequences)
+            yield left_out.unless(name, partial(on_answers, module, rows))
 
 
-def _policy_padding(module: Any, batch: Batch, sequences: Sequences) -> Iterator[Check]:
+def _policy_padding(module: Any, rows: ModelRows) -> Check:
     with _without_dropout(module):
-        yield padding(logprobs_of(module.roles), absolute, sequences, _budget(batch), module.roles.policy)
+        return padding(logprobs_of(module.roles), absolute, rows.sequences, _budget(rows.whole), module.roles.policy)
 
 
-def _scorer_padding(module: Any, batch: Batch, sequences: Sequences) -> Iterator[Check]:
+def _scorer_padding(module: Any, rows: ModelRows) -> Check:
     with _without_dropout(module):
-        yield padding(scores_of(module), relative, sequences, _budget(batch), module.scorer)
+        return padding(scores_of(module), relative, rows.sequences, _budget(rows.whole), module.scorer)
 
 
-def _starting_loss(module: Any, batch: Batch, sequences: Sequences) -> Iterator[Check]:
+def _sampler(module: Any, rows: ModelRows) -> Check:
     with _without_dropout(module):
-        yield starting_loss(module, batch)
+        return sampler(module, prompts_of(rows.first), SHORT_ANSWER_TOKENS)
 
 
-def _held_to_reference(module: Any, batch: Batch, sequences: Sequences) -> Iterator[Check]:
-    if module.runs_reference:
-        part = sequences.select(cut_by_tokens(sequences.lengths.cpu(), _budget(batch))[0])
-
-        def compare() -> Comparison:
-            return compare_with_reference(module.roles, part)
-
-        yield from _reference(module, compare(), compare, part.mask)
-    elif module.compares:
-        yield same_as_cached(module, batch) if at_start(module) else _too_late("KL = 0", module)
-    yield preference_loss(module, batch) if at_start(module) else _too_late("loss at step 0", module)
-
-
-def _sampler(module: Any, batch: Batch, sequences: Sequences) -> Iterator[Check]:
+def _starting_loss(module: Any, rows: ModelRows) -> Check:
     with _without_dropout(module):
-        yield sampler(module, prompts_of(sequences))
+        return starting_loss(module, rows.whole)
 
 
-OF_ANSWERS: tuple[tuple[Callable[[Algorithm], bool], Callable[[Any, Batch, Sequences], Iterator[Check]]], ...] = (
-    (lambda module: isinstance(module, Writer), _policy_padding),
-    (lambda module: isinstance(module, Writer), _sampler),
-    (lambda module: hasattr(module, "scores") and hasattr(module, "scorer"), _scorer_padding),
-    (lambda module: isinstance(getattr(module, "loss", None), NLLLoss), _starting_loss),
-    (lambda module: isinstance(module, OfflineAlgorithm), _held_to_reference),
+def _starting_scores(module: Any, rows: ModelRows) -> Check:
+    with _without_dropout(module):
+        return starting_scores(module, rows.whole)
+
+
+def _no_distance(module: Any, rows: ModelRows) -> Check:
+    if not at_start(module):
+        return too_late("KL = 0", module)
+    if not module.runs_reference:
+        return same_as_cached(module, rows.whole)
+    part = _one_pass(rows)
+    return no_distance(compare_with_reference(module.roles, part), part.mask, tolerance_of(module.roles).same)
+
+
+def _reference_stays(module: Any, rows: ModelRows) -> Check:
+    part = _one_pass(rows)
+    part = part.select(torch.arange(min(MOVED_ROWS, len(part))))
+    return reference_stays(module.roles, lambda: compare_with_reference(module.roles, part), part.mask)
+
+
+def _loss_at_start(module: Any, rows: ModelRows) -> Check:
+    return preference_loss(module, rows.whole) if at_start(module) else too_late("loss at step 0", module)
+
+
+def _one_pass(rows: ModelRows) -> Sequences:
+    """Of the sequences as many as may go through the device at once."""
+    return rows.sequences.select(cut_by_tokens(rows.sequences.lengths.cpu(), _budget(rows.whole))[0])
+
+
+OF_ANSWERS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any, ModelRows], Check]], ...] = (
+    ("padding", lambda module: isinstance(module, Writer), _policy_padding),
+    ("sampler", lambda module: isinstance(module, Writer), _sampler),
+    ("padding", lambda module: hasattr(module, "scores") and hasattr(module, "scorer"), _scorer_padding),
+    ("starting loss", lambda module: isinstance(getattr(module, "loss", None), NLLLoss), _starting_loss),
+    ("starting loss", lambda module: isinstance(module, RewardModel), _starting_scores),
+    ("KL = 0", lambda module: isinstance(module, OfflineAlgorithm) and module.compares, _no_distance),
+    ("reference", lambda module: isinstance(module, OfflineAlgorithm) and module.runs_reference, _reference_stays),
+    ("loss at step 0", lambda module: isinstance(module, OfflineAlgorithm), _loss_at_start),
 )
-"""Checks that answers of a batch allow, each with what an algorithm must have for it."""
+"""Checks that answers of a batch allow: the name, what an algorithm must have for it, the check."""
 
 
 def _budget(batch: Any) -> int:
     """Padded tokens of a pass without gradients."""
     return SCORING_BUDGET * int(batch.micro_batch_tokens)
-
-
-def _sampled(module: OnPolicy, prompts: PromptBatch) -> Iterator[Check]:
-    """The checks that need answers: one is drawn to each prompt, with the noise that evaluations use."""
-    with _short_answers(module):
-        samples = module.respond(prompts)
-    yield sampler(module, prompts.prompts)
-    texts = module.response_texts(samples)
-    sequences, budget = samples.sequences, prompts.micro_batch_tokens
-    yield padding(logprobs_of(module.roles), absolute, sequences, SCORING_BUDGET * budget, module.roles.policy)
-
-    def compare() -> Comparison:
-        return score_pass(module.roles, sequences, budget, module.sampling.temperature)
-
-    comparison = compare()
-    yield from _reference(module, comparison, compare, sequences.mask)
-    yield ratio_one(module, sequences, comparison.policy, budget)
-
-    def score(rows: Tensor) -> Tensor:
-        there = rows.to(samples.ended.device)
-        chosen = Samples(sequences.select(there), samples.sampled_logprobs[there], samples.ended[there])
-        return raw_scores(module.reward, prompts.select(rows), chosen, [texts[row] for row in rows.tolist()])
-
-    scores = score(torch.arange(len(prompts)))
-    varied = scores_vary(scores)
-    yield varied
-    if varied.verdict != "failed":
-        # Of the whole module, as the reward may stand on the policy's base.
-        yield scores_alone(score, scores, tolerance_of(module).reshaped)
-
-
-def _reference(
-    module: OfflineAlgorithm | OnPolicy, comparison: Comparison, compare: Callable[[], Comparison], mask: Tensor
-) -> Iterator[Check]:
-    if at_start(module):
-        yield no_distance(comparison, mask, tolerance_of(module.roles).same)
-    else:
-        yield _too_late("KL = 0", module)
-    yield reference_stays(module.roles, comparison, compare, mask)
-
-
-def at_start(module: Algorithm) -> bool:
-    """Whether the policy is still what it started from: not in a run continued from a checkpoint."""
-    return module.global_step == 0
-
-
-def _too_late(name: str, module: Algorithm) -> Check:
-    return Check(name, "skipped", f"holds at step 0 alone; this run goes on from step {module.global_step}")
 
 
 @contextmanager
@@ -251,14 +270,3 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
     finally:
         for name, part in module.named_modules():
             part.training = modes[name]
-
-
-@contextmanager
-def _short_answers(module: OnPolicy) -> Iterator[None]:
-    """No answer longer than ``ANSWER_TOKENS`` for the time of the block."""
-    own = module.sampling
-    module.sampling = replace(own, max_new_tokens=min(own.max_new_tokens, ANSWER_TOKENS))
-    try:
-        yield
-    finally:
-        module.sampling = own

@@ -65,6 +65,15 @@ def _should_train(name: str, lora: bool) -> bool | None:
     return None
 
 
+def at_start(module: Algorithm) -> bool:
+    """Whether the policy is still what it started from: not in a run continued from a checkpoint."""
+    return module.global_step == 0
+
+
+def too_late(name: str, module: Algorithm) -> Check:
+    return Check(name, "skipped", f"holds at step 0 alone; this run goes on from step {module.global_step}")
+
+
 Measure = Callable[[Sequences], list[Tensor]]
 """What a model says of each row: [tokens] log-probs, or [1] score."""
 
@@ -73,6 +82,9 @@ def padding(
     measure: Measure, distance: Callable[[Tensor, Tensor], float], sequences: Sequences, budget: int, model: nn.Module
 ) -> Check:
     """A row alone = the same row among others, behind one another or padded, with more padding on the right.
+
+    Alone goes the first and the last row of each group: the longest and the shortest, which has the most padding, or
+    stands behind all others.
 
     Args:
         measure: what to compare.
@@ -87,9 +99,9 @@ def padding(
         part = sequences.select(rows)
         room = EXTRA_COLUMNS if context is None else min(EXTRA_COLUMNS, context - part.tokens.shape[1])
         together = measure(_widened(part, max(0, room)))
-        for row, in_batch in zip(rows, together, strict=True):
-            (alone,) = measure(sequences.select(row[None]))
-            worst = worse(worst, distance(alone, in_batch))
+        for place in {0, len(rows) - 1}:
+            (alone,) = measure(sequences.select(rows[place : place + 1]))
+            worst = worse(worst, distance(alone, together[place]))
     limit = tolerance_of(model).reshaped
     return judge(
         "padding",
@@ -143,6 +155,23 @@ def starting_loss(module: Algorithm, batch: Batch) -> Check:
         return Check("starting loss", "failed", found, "the weights are broken, or too wide for model.base.dtype")
     if loss > uniform + 1:  # random weights lie above it too, by half the variance of their logits
         return Check("starting loss", "warning", found, "do weights and tokenizer belong together?")
+    return Check("starting loss", "ok", found)
+
+
+def starting_scores(module: RewardModel, batch: Any) -> Check:
+    """A new head knows no better from worse: the loss starts near that of equal scores, ln 2 for each pair without a
+    margin. Scores far apart come from a head that is too large for its hidden states."""
+    loss = _loss(module, batch)
+    if not math.isfinite(loss):
+        return Check("starting loss", "failed", f"{loss}", "the weights are broken, or too wide for model.base.dtype")
+    compared = batch.comparisons()
+    equal = torch.zeros(len(compared.better), device=compared.margin.device)
+    known = float((module.loss(equal, equal, compared.margin) / compared.siblings).sum() / len(batch))
+    found = f"{loss:.4g} nats per prompt, of equal scores {known:.4g}"
+    if not unwrapped(module.scorer).new_head or not at_start(module):
+        return Check("starting loss", "ok", f"{found}; the head was trained before")
+    if loss > known + 1:
+        return Check("starting loss", "warning", found, "the new head's scores lie far apart: set model.head to scaled")
     return Check("starting loss", "ok", found)
 
 
@@ -213,15 +242,14 @@ def largest(values: Tensor) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def reference_stays(roles: Roles, before: Comparison, compare: Callable[[], Comparison], mask: Tensor) -> Check:
+def reference_stays(roles: Roles, compare: Callable[[], Comparison], mask: Tensor) -> Check:
     """Move the policy a little: the reference must not move with it. The policy is put back to the bit.
 
     Policy = reference at step 0 cannot tell a reference from the policy under another name.
 
     Args:
         roles: a policy with a reference.
-        before: the two on some sequences.
-        compare: the same again, when it is called.
+        compare: the two on some sequences, whenever it is called.
         mask: of those sequences.
     """
     if not roles.shared:
@@ -230,10 +258,11 @@ def reference_stays(roles: Roles, before: Comparison, compare: Callable[[], Comp
         kind = "a frozen adapter"
     else:
         kind = "adapters off"
-    sharding_of(roles).reshard()  # a weight that is gathered would be moved in vain
     parameter = _lever(roles)
     if parameter is None:
         return Check("reference", "skipped", f"{kind}; nothing of the policy trains")
+    before = compare()
+    sharding_of(roles).reshard()  # a weight that is gathered would be moved in vain
     with _moved(roles, parameter):
         after = compare()
     policy, reference = (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.anatomy import stop_ids
 from rlhf_lit.preflight.check import HALF_WIDTH, Check, tolerance_of
-from rlhf_lit.rollout.gap import measured_gap
+from rlhf_lit.rollout.gap import MOST_TOKENS, measured_gap
 
 PROMPTS = 8
 
@@ -20,7 +21,7 @@ def prompts_of(sequences: Sequences) -> Sequences:
     return Sequences.pad(rows, [[False] * len(row) for row in rows]).to(sequences.tokens.device)
 
 
-def sampler(module: Any, prompts: Sequences) -> Check:
+def sampler(module: Any, prompts: Sequences, at_most: int = MOST_TOKENS) -> Check:
     """The sampler's log-probs = the training forward's, on short responses to prompts of different lengths.
 
     A failure where the algorithm learns from what it samples; elsewhere a warning, as only samples, predictions and win
@@ -29,14 +30,18 @@ def sampler(module: Any, prompts: Sequences) -> Check:
     Args:
         module: an algorithm that writes.
         prompts: a few.
+        at_most: tokens of a response.
     """
-    learns = isinstance(module, OnPolicy)
-    limit = limit_of(module)
-    gap = measured_gap(
-        module.engine, module.roles, prompts, module.sampling, stop_ids(module.tokenizer, module.roles.policy)
-    )
+    sampling = replace(module.sampling, max_new_tokens=min(module.sampling.limit, at_most))
+    gap = measured_gap(module.engine, module.roles, prompts, sampling, stop_ids(module.tokenizer, module.roles.policy))
     if gap is None:
         return Check("sampler", "skipped", "no prompt leaves room for a response")
+    return own_distribution(module, gap)
+
+
+def own_distribution(module: Any, gap: float) -> Check:
+    """The verdict on a gap between the two, in nats per token (``rollout.gap``)."""
+    learns, limit = isinstance(module, OnPolicy), limit_of(module)
     found = f"its log-probs and those of the training forward {gap:.1g} apart, {limit:g} allowed"
     if gap <= limit:
         return Check("sampler", "ok", found)

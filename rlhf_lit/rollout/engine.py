@@ -16,6 +16,7 @@ from rlhf_lit.models.anatomy import attends_to_everything, context_length, unwra
 from rlhf_lit.models.rope import first_context
 from rlhf_lit.randomness import gumbel_noise
 
+UNNAMED_LIMIT = 64  # tokens of a response, where sampling.max_new_tokens is null
 # The rows that one may be generated with: any, padded to one length; those of its own length; none.
 Company = Literal["any", "equal", "none"]
 
@@ -25,7 +26,8 @@ class Sampling:
     """How responses are drawn: y ~ softmax(logits/T).
 
     Args:
-        max_new_tokens: longest response, EOS included.
+        max_new_tokens: longest response, EOS included. Where it is null, responses have at most 64 tokens (in `chat` no
+            such limit), and no more than the model's context leaves after their prompt.
         temperature: T, divides the logits here and wherever the policy's and the reference's log-probs are taken.
         top_k: draw among the k likeliest tokens only; null among all. Not for PPO, RLOO and GRPO, where the log-probs
             of sampler and update must speak of the same distribution.
@@ -33,14 +35,14 @@ class Sampling:
         rows_at_once: sequences generated together. How this machine carries it out: changes no sample.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     rows_at_once: int = 64
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"sampling.max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if not self.temperature > 0:
             raise ValueError(f"sampling.temperature must be greater than 0, not {self.temperature}")
@@ -50,6 +52,11 @@ class Sampling:
             raise ValueError(f"sampling.top_p must lie in (0, 1] or be null, not {self.top_p}")
         if self.rows_at_once < 1:
             raise ValueError(f"sampling.rows_at_once must be at least 1, not {self.rows_at_once}")
+
+    @property
+    def limit(self) -> int:
+        """Tokens of the longest response, wherever the model's context leaves that many."""
+        return UNNAMED_LIMIT if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -246,7 +253,7 @@ def _generate(
     attention = (index >= 0).long()
     ids = torch.where(index >= 0, prompts.tokens.gather(1, index.clamp(min=0)), 0)
     rows = torch.arange(len(ids), device=ids.device)
-    tokens = ids.new_full((len(ids), sampling.max_new_tokens), stop_ids[0])
+    tokens = ids.new_full((len(ids), sampling.limit), stop_ids[0])
     logprobs = torch.zeros(tokens.shape, device=ids.device)
     noise, done = _KeyedNoise(keys, sampling, width), 0
     # Compiled layers would be compiled for each layer's place in the cache, and again as the cache grows.
@@ -259,7 +266,7 @@ def _generate(
                 ids,
                 attention_mask=attention,
                 **({} if cache is None else {"past_key_values": cache}),
-                generation_config=_stop_at(stop_ids, sampling.max_new_tokens - done),
+                generation_config=_stop_at(stop_ids, sampling.limit - done),
                 logits_processor=[noise],
                 stopping_criteria=[_HalfEnded(stop_ids)],
                 synced_gpus=False,  # sharded weights are whole by now: no rank waits for another
@@ -271,7 +278,7 @@ def _generate(
             logprobs[rows, done : done + new.shape[1]] = taken.to(logprobs.dtype)
             done += new.shape[1]
             going_on = ~_stops(new, stop_ids).any(-1)
-            if done == sampling.max_new_tokens or not bool(going_on.any()):
+            if done == sampling.limit or not bool(going_on.any()):
                 return tokens[:, :done], logprobs[:, :done]
             cache = _filled(output)
             if cache is not None:

@@ -50,7 +50,7 @@ def measured_gap(
     Returns:
         Nats per token; None where no prompt leaves room for a response.
     """
-    short = min(sampling.max_new_tokens, MOST_TOKENS)
+    short = min(sampling.limit, MOST_TOKENS)
     fitting = [row for row, n in enumerate(prompts.lengths.tolist()) if leaves_room(roles.policy, n, short)]
     if not fitting:
         return None

@@ -141,7 +141,7 @@ class VLLMEngine:
                 f"model.sampling.temperature: vLLM raises {sampling.temperature} to {LEAST_TEMPERATURE}; set at least "
                 "that"
             )
-        longest = int(prompts.lengths.max()) + sampling.max_new_tokens
+        longest = int(prompts.lengths.max()) + sampling.limit
         if self.settings.max_length is not None and longest > self.settings.max_length:
             raise UserError(
                 f"model.vllm.max_length: a prompt and its response may reach {longest} tokens, and it is "
@@ -218,7 +218,7 @@ def request(sampling: Sampling, stop_ids: tuple[int, ...], key: int) -> dict[str
         "temperature": sampling.temperature,
         "top_k": sampling.top_k or 0,
         "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": sampling.limit,
         "seed": key & (2**63 - 1),  # −1 would mean none
         "stop_token_ids": list(stop_ids),
         "ignore_eos": True,

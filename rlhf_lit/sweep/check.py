@@ -6,14 +6,14 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-ITS_OWN = ("name", "runs", "ckpt_path")
-"""Keys that say where an arm's run stands, not what it computes."""
+ITS_OWN = ("name", "runs", "ckpt_path", "config")
+"""Keys that say where an arm's run and its configs stand, not what it computes."""
 
 Resolved = dict[str, Any]
 
 
 def as_plain(config: Namespace) -> Resolved:
-    """A resolved configuration as JSON could hold it, without the keys that tell where the run stands."""
+    """A resolved configuration as JSON could hold it, without the keys that tell where it stands."""
     return {key: _plain(value) for key, value in config.as_dict().items() if key not in ITS_OWN}
 
 

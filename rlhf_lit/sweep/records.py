@@ -144,6 +144,7 @@ class Folder:
     def resolved(self, arm: Arm) -> dict[str, Any]:
         """What it resolved to when it was added to the sweep."""
         found: dict[str, Any] = json.loads((self.of(arm) / RESOLVED).read_text(encoding="utf-8"))
+        found.pop("config", None)  # of an earlier version: the places of its configs
         return found
 
     def run_of(self, arm: Arm) -> Path | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, tell
 from rlhf_lit.files import short_path
 from rlhf_lit.sweep import check
 from rlhf_lit.sweep.file import SweepFile
@@ -142,7 +142,7 @@ class Runner:
         Raises:
             KeyboardInterrupt: after Ctrl-C or SIGTERM, once all arms have ended and are on record as interrupted.
         """
-        print(self._opening(), flush=True)
+        tell(self._opening())
         with _stoppable():
             try:
                 while self.waiting or self.running:
@@ -154,7 +154,7 @@ class Runner:
                 self._stop()
                 raise
         failed = [arm for arm in self.ended if arm.status == "failed"]
-        print(self._closing(failed), flush=True)
+        tell(self._closing(failed))
         return len(failed)
 
     def _start(self, arm: Arm) -> None:
@@ -174,7 +174,7 @@ class Runner:
         arm.process = process.popen.pid
         self.running[arm.name] = arm, process
         self.folder.save(arm)
-        print(f"start  {arm.name}{', from its last checkpoint' if goes_on else ''}", flush=True)
+        tell(f"start  {arm.name}{', from its last checkpoint' if goes_on else ''}")
 
     def _environment(self, slot: int) -> dict[str, str]:
         given = {"WANDB_RUN_GROUP": self.folder.path.name, **os.environ}
@@ -207,19 +207,19 @@ class Runner:
             arm.metric = last_value(run, self.plan.call.metric) if self.plan.call.metric else None
         self.folder.save(arm)
         self.ended.append(arm)
-        print(self._line(arm), flush=True)
+        tell(self._line(arm))
 
     def _stop(self) -> None:
         """End every arm, and put it on record as interrupted: the next `--resume` goes on with it."""
         self._collect()
         arms = list(self.running.values())
         if arms:
-            print(f"ending {len(arms)} arm{'s' * (len(arms) > 1)}; again to kill", flush=True)
+            tell(f"ending {len(arms)} arm{'s' * (len(arms) > 1)}; again to kill")
         end([process for _, process in arms])
         for arm, process in arms:
             self._take(arm, process, "interrupted")
         left = sum(arm.status != "finished" for arm in self.plan.arms)
-        print(f"{left} of {len(self.plan.arms)} arms left; --resume goes on with them", flush=True)
+        tell(f"{left} of {len(self.plan.arms)} arms left; --resume goes on with them")
 
     # --- what it says ------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from rlhf_lit.algorithms.algorithm import Algorithm
 from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.algorithms.reward_model import RewardModel
-from rlhf_lit.errors import UserError
+from rlhf_lit.errors import UserError, tell
 from rlhf_lit.files import append_rows, atomic, remove, replace_file, short_path
 from rlhf_lit.models.readback import difference
 from rlhf_lit.models.saving import save_hf
@@ -265,7 +265,7 @@ class PredictionWriter(BasePredictionWriter):
         """Say where they are."""
         if trainer.is_global_zero and self.path is not None:
             others = f", and a file for each of {trainer.world_size - 1} other ranks" if trainer.world_size > 1 else ""
-            print(f"{self.rows} predictions in {short_path(self.path)}{others}")
+            tell(f"{self.rows} predictions in {short_path(self.path)}{others}")
 
 
 class HFExport(Callback):

@@ -11,8 +11,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
+from rich.markup import escape
 
-from rlhf_lit.errors import is_live
+from rlhf_lit.errors import is_live, printable, tell
 from rlhf_lit.files import short_path
 from rlhf_lit.runs import EXPORT
 
@@ -43,7 +44,7 @@ class LiveProgress(RichProgressBar):
         """Above the bar, a line that stays."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and self.is_enabled and not trainer.sanity_checking:
-            self.print(progress_line(trainer, validation_metrics(trainer)))
+            self.print(escape(printable(progress_line(trainer, validation_metrics(trainer)))))
 
 
 class PlainProgress(ProgressBar):
@@ -87,7 +88,7 @@ class PlainProgress(ProgressBar):
 
     def _say(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         if self._enabled and not trainer.sanity_checking:
-            print(progress_line(trainer, metrics), flush=True)
+            tell(progress_line(trainer, metrics))
 
 
 def progress_line(trainer: Trainer, metrics: Mapping[str, Any]) -> str:

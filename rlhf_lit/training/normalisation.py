@@ -57,7 +57,7 @@ def normalise(
         say(f"note: the scores of {len(scores)} responses are {what}: they were not normalised")
         return before
     scale = 1 / spread if unit_variance else 1.0
-    head = {name: sharding_of(module).gathered(parameter).clone() for name, parameter in _head(module).items()}
+    head = {name: sharding_of(module).gathered(parameter).clone() for name, parameter in head_of(module).items()}
     bias = reward_bias(unwrapped(module.scorer))  # type: ignore[arg-type]
     _put(module, {name: value * scale for name, value in head.items()}, (bias - mean) * scale)
     return Normalisation(
@@ -84,7 +84,7 @@ def load(module: nn.Module, checkpoint: dict[str, Any]) -> Normalisation | None:
     found = checkpoint.get("normalisation")
     if not found:
         return None
-    head = {name: checkpoint["state_dict"][name] for name in _head(module)}
+    head = {name: checkpoint["state_dict"][name] for name in head_of(module)}
     checkpoint["state_dict"].update({name: value * found["scale"] for name, value in head.items()})
     inner = unwrapped(module.scorer)  # type: ignore[arg-type]
     normalisation = Normalisation(found["scale"], found["bias"], head, reward_bias(inner))
@@ -92,13 +92,13 @@ def load(module: nn.Module, checkpoint: dict[str, Any]) -> Normalisation | None:
     return normalisation
 
 
-def _head(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the head in force, by name."""
+def head_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a reward model's head in force, by name."""
     return {name: p for name, p in module.named_parameters() if "score" in name.split(".") and p.requires_grad}
 
 
 @torch.no_grad()
 def _put(module: nn.Module, head: dict[str, Tensor], bias: float) -> None:
-    for name, parameter in _head(module).items():
+    for name, parameter in head_of(module).items():
         sharding_of(module).assign(parameter, head[name])
     unwrapped(module.scorer).config.reward_bias = bias  # type: ignore[arg-type]

@@ -122,7 +122,11 @@ REFUSED = [
     ("[1", [], "--config extra.yaml, line 2: not YAML"),
     ("just words", [], "--config extra.yaml: expected keys and values (such as 'model:'), found a str"),
     ("# nothing", [], "--config extra.yaml: expected keys and values (such as 'model:'), found nothing"),
-    ("", ["--config", "nope.yaml"], "--config nope.yaml: No such file or directory"),
+    (
+        "",
+        ["--config", "nope.yaml"],
+        "--config nope.yaml: no such file, and none of that name is shipped; `rlhf-lit configs` lists",
+    ),
     ("", ["--data.train.path=nope.jsonl"], "nope.jsonl"),
     ("", ["--model.base.name=runs/nope"], "runs/nope: no such model folder"),
     # the trainer

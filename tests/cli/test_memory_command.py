@@ -37,10 +37,10 @@ class HungrySFT(SFT):
 class HungrySampler(PPO):
     """Runs out of memory while it samples, once the first rollout is used up."""
 
-    def respond(self, prompts: Any, stream: int = 2**31) -> Any:
+    def respond(self, prompts: Any, stream: int = 2**31, at_most: int | None = None) -> Any:
         if self.global_step == 4:
             self.roles.policy.register_forward_pre_hook(lambda module, inputs: exhaust())
-        return super().respond(prompts, stream)
+        return super().respond(prompts, stream, at_most)
 
 
 class HungryScorer(PPO):

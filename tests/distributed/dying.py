@@ -35,8 +35,8 @@ class DieIn(Callback):
         if self.place == "rollout":
             respond = pl_module.respond
 
-            def respond_or_die(*arguments: Any) -> Any:
-                answers = respond(*arguments)
+            def respond_or_die(*arguments: Any, **options: Any) -> Any:
+                answers = respond(*arguments, **options)
                 if trainer.global_step >= self.step and trainer.training:
                     if trainer.global_rank == self.rank:
                         die()

@@ -40,7 +40,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "rollout": (
         {*BATCHES, "models", SHARDING},
-        MODELS | {"vllm", "math_verify", "if_verifiable", "langdetect", "nltk", "pysbd", "reasoning_gym"},
+        MODELS
+        | {"vllm", "math_verify", "if_verifiable", "langdetect", "nltk", "pysbd", "reasoning_gym", "vaderSentiment"},
     ),
     "data": (
         {*GROUND, "runs", "batches", "playground", "rollout.loop"},
@@ -206,6 +207,18 @@ def calls(name: str) -> set[str]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name:
                 found.add(file.relative_to(PACKAGE).as_posix())
     return found
+
+
+def test_one_place_prints() -> None:
+    """So that nothing a row or a model says acts on a terminal: the others say, tell and hand over."""
+    printing = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write", "sys.stdout.writelines")
+    }
+    assert printing == {"errors.py", "__main__.py"}
 
 
 def test_one_room_generates() -> None:

@@ -31,8 +31,9 @@ from rlhf_lit.models.loading import load_tokenizer
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.playground import World
 from rlhf_lit.preflight.callback import Preflight, merged
-from rlhf_lit.preflight.check import Check, show
-from rlhf_lit.preflight.checks import ANSWER_TOKENS, checks
+from rlhf_lit.preflight.check import NAMES, Check, LeftOut, show
+from rlhf_lit.preflight.checks import checks
+from rlhf_lit.preflight.rows import ANSWER_TOKENS, Looked, around_answers, within
 from rlhf_lit.preflight.tokens import Marks, one_bos
 from rlhf_lit.rollout.engine import Samples, Sampling
 from rlhf_lit.rollout.rewards import RewardFromFunction, RewardFromModel
@@ -41,6 +42,7 @@ WORLD = World(demonstrations=40, prompts=40)
 IN_WORLD = Source("playground", world=WORLD)
 SETTINGS: dict[str, Any] = {"batch_size": 8, "cache": None, "max_length": 96}
 ADAPTER = LoRA(rank=4)
+LONG = 480  # tokens of a row, where rows are to be long
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(PLAYGROUND)
+    config.max_position_embeddings = 2 * LONG
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
@@ -161,7 +164,7 @@ ROLLOUT = [
 ]
 EXPECTED = {
     sft: [*TOKENS, "sampler", "starting loss"],
-    reward_model: TOKENS,
+    reward_model: [*TOKENS, "starting loss"],
     dpo: [*TOKENS, "sampler", "KL = 0", "reference", "loss at step 0"],
 }
 
@@ -232,6 +235,109 @@ def test_it_leaves_everything_as_it_was(place: Place) -> None:
     assert all(p.grad is None for p in module.parameters())
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_each_check_can_be_left_out(run: Run, place: Place) -> None:
+    """And is then not made: nothing of it is computed."""
+    module, data = ready(*run(place))
+    names = EXPECTED.get(run, ROLLOUT)
+
+    def forbidden(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError
+
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            part.register_forward_pre_hook(forbidden)
+    every = list(checks(module, data, left_out=LeftOut(tuple(names))))
+    assert [check.name for check in every] == names
+    assert {check.verdict for check in every} == {"left out"}
+
+
+def test_all_names_are_known_and_in_the_docs() -> None:
+    """What can be left out is what can be made."""
+    assert set(NAMES) == {name for run in RUNS for name in EXPECTED.get(run, ROLLOUT)}
+    page = (Path(__file__).parents[2] / "docs" / "preflight.md").read_text()
+    rows = [line.split("|")[1].split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert list(dict.fromkeys(rows)) == list(NAMES)
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------
+
+
+def count_tokens(module: nn.Module, counted: list[int]) -> None:
+    """Note the tokens of each pass through an embedding of the module."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            part.register_forward_pre_hook(lambda _, inputs: counted.append(inputs[0].numel()))
+
+
+def long_rows(tokenizer: Any, folder: Path) -> Source:
+    """Rows whose prompt and answers take about half of ``LONG`` tokens each."""
+    word = "the"
+    half = " ".join([word] * (LONG // 2 // len(tokenizer(f" {word}", add_special_tokens=False).input_ids)))
+    row = {"prompt": half, "completion": half, "chosen": half, "rejected": f"{half} {word}"}
+    (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(16)))
+    return Source(str(folder / "long.jsonl"))
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTER], ids=["full", "lora"])
+@pytest.mark.parametrize("run", [sft, reward_model, dpo, ppo_from_reward])
+def test_long_rows_cost_less_than_an_optimizer_step(run: Run, lora: LoRA | None, place: Place, tmp_path: Path) -> None:
+    """Tokens through the models, forwards; a backward pass counts as two forward ones."""
+    module, data = run(place, lora)
+    data.sources["train"] = [long_rows(module.tokenizer, tmp_path)]
+    data.max_length, data.batch_size = 2 * LONG, 4
+    if isinstance(data, RolloutDataModule):
+        data.rollout_size = 4
+    module, data = ready(module, data)
+    counted: list[int] = []
+    count_tokens(module, counted)
+    every = found(module, data)
+    assert {check.verdict for check in every.values()} == {"ok"}, every
+    spent, passes = sum(counted), len(counted)
+    counted.clear()
+    places = list(range(4))
+    batch = data.first_seen([data.examples["train"][place] for place in places], places)
+    if isinstance(batch, PromptBatch):  # a rollout, and what an update makes of it
+        assert isinstance(module, PPO)
+        module.rollout(batch, 0)
+        step = sum(counted) + 3 * 2 * int(batch.prompts.lengths.sum())
+    else:
+        module.prepare(batch)
+        learned = sum(int(side.lengths.sum()) for side in batch.answers())
+        assert learned > 4 * 0.8 * LONG
+        for _ in module.step_losses(batch, module.denominators(batch)):
+            pass
+        step = sum(counted) + 2 * learned
+    assert spent < step, (spent, passes, step)
+
+
+def test_rows_are_the_first_short_ones_or_else_the_shortest() -> None:
+    assert within([900, 10, 20, 30, 40, 50], 4, 200) == [1, 2, 3, 4]
+    assert within([900, 70, 10, 60, 90], 4, 200) == [1, 2, 3], "fair shares are too small: the shortest that fit"
+    assert within([900, 800], 4, 200) == [1], "one at least"
+    assert within([900, 800], 4, 200, least=2) == [0, 1]
+    assert within([0, 30, 0], 4, 200) == [1], "rows that have nothing to learn"
+    assert within([0, 0], 4, 200) == []
+
+
+def test_long_rows_are_cut_around_the_start_of_their_answers() -> None:
+    tokens = [list(range(100, 110)), list(range(200, 203)), list(range(300, 312)), list(range(400, 410))]
+    masks = [[i >= start for i in range(len(row))] for row, start in zip(tokens, (5, 1, 11, 1), strict=True)]
+    cut = around_answers(Sequences.pad(tokens, masks), 4)
+    assert [row[:n].tolist() for row, n in zip(cut.tokens, cut.lengths, strict=True)] == [
+        [103, 104, 105, 106],
+        [200, 201, 202],
+        [308, 309, 310, 311],
+        [400, 401, 402, 403],
+    ]
+    assert [row[:n].tolist() for row, n in zip(cut.mask, cut.lengths, strict=True)] == [
+        [False, False, True, True],
+        [False, True, True],
+        [False, False, False, True],
+        [False, True, True, True],
+    ]
+
+
 @pytest.mark.parametrize("run", [sft, reward_model])
 def test_dropout_is_back_on_afterwards(run: Run, place: Place) -> None:
     """Off for the checks, which would differ by it, and on again for the training."""
@@ -249,8 +355,8 @@ def test_answers_are_short(place: Place) -> None:
     module.sampling = Sampling(max_new_tokens=5000)
     lengths, own = [], module.respond
 
-    def respond(prompts: PromptBatch) -> Samples:
-        samples = own(prompts)
+    def respond(prompts: PromptBatch, at_most: int) -> Samples:
+        samples = own(prompts, at_most=at_most)
         lengths.append(int(samples.sequences.mask.sum(-1).max()))
         return samples
 
@@ -617,7 +723,7 @@ def test_faults_in_a_reward_model(place: Place) -> None:
         module.reward.model.score.weight.fill_(math.nan)  # type: ignore[union-attr]
     every = found(module, data)
     assert caught(every) == {"reward scores"}
-    assert "reward alone" not in every
+    assert every["reward alone"].verdict == "skipped"
 
 
 # --- the callback ----------------------------------------------------------------------------------------------------
@@ -666,7 +772,7 @@ def test_a_failed_check_stops_the_run_before_its_first_batch(
         fit(module, data, tmp_path)
     line = str(stop.value)
     assert line.startswith("preflight: loss at step 0: -0.693147, Backwards starts at 0.693147; policy and reference ")
-    assert line.endswith("; or preflight: false to go on without")
+    assert line.endswith("; to go on without it, preflight: {skip: [loss at step 0]}")
     assert "\n" not in line
     assert not list(tmp_path.rglob("*.ckpt"))
     said = capsys.readouterr().out.splitlines()
@@ -740,9 +846,14 @@ def test_ranks_look_at_rows_of_their_own(place: Place) -> None:
 
 def test_a_line_holds_what_a_row_said(capsys: pytest.CaptureFixture[str]) -> None:
     """Brackets are markup to rich, and long lines are cut by it."""
-    show([Check("one", "failed", "[bold]raises[/bold] " + 200 * "x"), Check("other", "warning", "b", "do")], 0.25)
+    show(
+        [Check("one", "failed", "[bold]raises[/bold] " + 200 * "x"), Check("other", "warning", "b", "do")],
+        Looked(8, 2, 1234),
+        0.25,
+    )
     assert capsys.readouterr().out.splitlines() == [
         "failed   one    [bold]raises[/bold] " + 200 * "x",
         "warning  other  b; do",
-        "preflight: 0 checks passed, 1 warning, 1 failed in 0.2 s",
+        "preflight: 0 checks passed, 1 warning, 1 failed in 0.2 s (8 rows read; 2 rows through the models, "
+        "1,234 tokens a pass)",
     ]

@@ -115,7 +115,7 @@ def test_nothing_is_used_up(llama: str) -> None:
 
 
 def test_no_room_for_an_answer_is_no_fault(tmp_path: Path) -> None:
-    folder = tiny.save_model(tmp_path, "llama", max_position_embeddings=24)
+    folder = tiny.save_model(tmp_path, "llama", max_position_embeddings=16)
     module = tiny.build(SFT(Base(name=folder), sampling=Sampling(max_new_tokens=32)))
     assert verdicts(module, tiny.supervised())["sampler"].verdict == "skipped"
 
