@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -185,9 +186,10 @@ def model_checks(
         return
     if not batch.answers() or (chosen := model_rows(batch, budget)) is None:
         return
-    looked.rows, looked.tokens = len(chosen.sequences), int(chosen.sequences.lengths.sum())
+    looked.rows, looked.tokens = chosen.rows, int(chosen.sequences.lengths.sum())
     whole = module.on_before_batch_transfer(chosen.whole, 0).to(module.device)
-    rows = ModelRows(whole, chosen.sequences.to(module.device), chosen.first.to(module.device))
+    sequences, first = chosen.sequences.to(module.device), chosen.first.to(module.device)
+    rows = replace(chosen, whole=whole, sequences=sequences, first=first)
     for name, fits, on_answers in OF_ANSWERS:
         if fits(module):
             yield left_out.unless(name, partial(on_answers, module, rows))

@@ -34,7 +34,7 @@ class Looked:
 
     Attributes:
         read: rows whose tokens were read.
-        rows: rows or prompts that went through the models.
+        rows: rows, pairs or prompts that went through the models.
         tokens: of those, in one pass.
     """
 
@@ -55,11 +55,13 @@ class ModelRows:
         whole: rows as the run learns from them, for its loss.
         sequences: at most ``SEQUENCES`` of them or of others, cut where they are long.
         first: of the same rows, those of the first side (of pairs, the chosen ones).
+        rows: how many rows they come from.
     """
 
     whole: Batch
     sequences: Sequences
     first: Sequences
+    rows: int
 
 
 def budget_of(step_tokens: float) -> int:
@@ -112,7 +114,9 @@ def model_rows(batch: Batch, budget: int) -> ModelRows | None:
     joined = joined.select(torch.arange(min(SEQUENCES, len(joined))))
     share = max(2, budget // len(joined))
     first = sides[0].select(torch.arange(min(SEQUENCES, len(sides[0]))))
-    return ModelRows(batch.select(torch.tensor(whole)), around_answers(joined, share), around_answers(first, share))
+    return ModelRows(
+        batch.select(torch.tensor(whole)), around_answers(joined, share), around_answers(first, share), len(several)
+    )
 
 
 def prompts_within(prompts: PromptBatch, answer: int, budget: int) -> PromptBatch:
