@@ -127,6 +127,7 @@ def test_one_line_says_what_a_combination_converges_to(
 ) -> None:
     kl = FixedKL(0.2, estimator=estimator, placement=placement)
     module = tiny.make_ppo(Base(name=llama), kl=kl, advantages=GAE(whiten=False))
+    module._trainer = SimpleNamespace(ckpt_path="last.ckpt")  # whose critic's head has started already
     capsys.readouterr()  # what loading had to say
     module.on_fit_start()
     said = capsys.readouterr().err
@@ -151,7 +152,7 @@ def test_one_line_says_that_rescaled_advantages_have_another_unit_than_beta(
     settings: dict[str, Any],
 ) -> None:
     module = tiny.make_on_policy(kind, Base(name=llama), kl=FixedKL(0.2, estimator, placement), **settings)
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(samples_per_prompt=2))
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(samples_per_prompt=2), ckpt_path="last.ckpt")
     capsys.readouterr()
     module.on_fit_start()
     said = capsys.readouterr().err
