@@ -150,7 +150,7 @@ def test_ppo_learns_cheerfulness_from_a_function(command, real_data, stories, op
     pytest.importorskip("vaderSentiment", reason="the sentiment score needs the package vaderSentiment")
     argv = (
         "--config", str(CONFIGS / "ppo/vader_stories.yaml"), stories,
-        f"--data.train.path={openings[0]}", f"--data.validation.path={openings[1]}",
+        f"--data.train.path={openings[0]}", f"--data.validation.path={openings[1]}", "--data.episodes=1920",
         "--data.cache=null", "--trainer.accelerator=cpu",
     )  # fmt: skip
     before, after = before_and_after(command, "ppo/vader_stories", *argv)
