@@ -148,7 +148,6 @@ class RunCLI(LightningCLI):
 
     def __init__(self, argv: list[str]) -> None:
         argv = with_files(argv)
-        self.asked = argv[0]
         self.documents = [*read_configs(argv), *read_options(argv)]
         require_present_names(self.documents)
         self.folder: Path | None = None
@@ -180,10 +179,6 @@ class RunCLI(LightningCLI):
         )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutDump, "debug")
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that was asked for: the parsers of the others take as long to build."""
-        return {self.asked: super().subcommands()[self.asked]}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
