@@ -20,11 +20,6 @@ from rlhf_lit.sweep.check import Resolved, as_plain
 class Check(RunCLI):
     """``fit``'s command line up to the module, the data module and the callbacks it makes; no folder, no run."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The parsers of the others take as long to build, and are of no use here."""
-        return {"fit": RunCLI.subcommands()["fit"]}
-
     def before_instantiate_classes(self) -> None:
         """A value on the command line that reaches nothing is an arm that is not what it says."""
         super().before_instantiate_classes()

@@ -155,6 +155,7 @@ class RunCLI(LightningCLI):
 
     def __init__(self, argv: list[str]) -> None:
         argv = with_files(argv)
+        self.asked = argv[0]
         self.documents = [*read_configs(argv), *read_options(argv)]
         require_present_names(self.documents)
         self.folder: Path | None = None

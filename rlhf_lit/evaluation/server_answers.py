@@ -81,7 +81,7 @@ def server_answers(
     cut = int((1 - ended).sum())
     if cut:
         say(
-            f"note: {ROLE}: {cut} of {len(replies)} answers of {server.address} were cut at {sampling.max_new_tokens} "
+            f"note: {ROLE}: {cut} of {len(replies)} answers of {server.address} were cut at {sampling.limit} "
             "tokens; raise sampling.max_new_tokens for whole ones"
         )
     sequences: Sequences = encoded(
@@ -93,7 +93,7 @@ def server_answers(
 
 def _settings(sampling: Sampling) -> Body:
     return {
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": sampling.limit,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,

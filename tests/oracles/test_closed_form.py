@@ -38,6 +38,7 @@ from rlhf_lit.losses.preference import DPOLoss, IPOLoss, PairLogProbs, Preferenc
 from rlhf_lit.losses.reductions import row_sums
 from rlhf_lit.models.base import Base
 from rlhf_lit.models.heads import token_values
+from rlhf_lit.models.logprobs import token_logprobs
 from rlhf_lit.models.roles import Critic
 from rlhf_lit.models.saving import save_hf
 from rlhf_lit.rollout import collect as collect_file
@@ -426,6 +427,8 @@ def at_the_optimum(base: Base, in_float64: None, monkeypatch: pytest.MonkeyPatch
         for token in range(STOP):
             values.weight.data[0, number([prompt, token], VOCABULARY)] = BETA * (tilted - start)[i, token]
     _, samples = SEQUENCES.everything()
+    with torch.no_grad():  # as of a sampler that draws from the policy
+        samples = replace(samples, sampled_logprobs=token_logprobs(module.roles.policy, samples.sequences))
     monkeypatch.setattr(module, "respond", lambda prompts, stream: samples)
     return module
 
