@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from loopback import running
+
 Body = dict[str, Any]
 MODEL = "teacher"
 KEY = "sk-a-secret"
@@ -142,11 +144,5 @@ class _Answers(BaseHTTPRequestHandler):
 def serving(says: Callable[[Body], str | Body]) -> Iterator[ChatServer]:
     """One that runs until the block ends."""
     server = ChatServer(says)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with running(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from loopback import running
 
 TOKEN = "hf_standin"
 
@@ -141,11 +141,5 @@ def reached(patch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def hub() -> Iterator[Hub]:
     """A running stand-in."""
     server = Hub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    with running(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,6 @@ from scipy.stats import binomtest
 from rlhf_lit.evaluation.estimates import Array, Estimate
 from rlhf_lit.report.figures import CATEGORIES, canvas, finish
 
-CHECKED = ("grpo", "ppo")
-POLITE = ("dpo", "ppo_reward")
-
 
 @dataclass(frozen=True)
 class Answered:
@@ -24,12 +22,12 @@ class Answered:
 
     Attributes:
         numbers: of `evaluation.json`.
-        passed: [prompts] the judge's scores, in the file's order.
+        judged: [prompts] the judge's scores, in the file's order.
         tokens: [prompts] lengths.
     """
 
     numbers: dict[str, Any]
-    passed: Array
+    judged: Array
     tokens: Array
 
     @classmethod
@@ -56,54 +54,40 @@ class Answered:
         return Estimate(**self.numbers["kl"]["exact"]) if self.numbers["kl"] else None
 
 
-def mcnemar(before: Array, after: Array) -> tuple[int, int, float]:
-    """Prompts that were won and lost, and the exact p-value of as many being lost as won (McNemar 1947)."""
-    won, lost = int(((after == 1) & (before < 1)).sum()), int(((after < 1) & (before == 1)).sum())
+def exact_test(before: Array, after: Array) -> tuple[int, int, float]:
+    """Prompts that were won and lost, and the two-sided exact p-value of their numbers: the sign test, which is
+    McNemar's (1947) where scores are 0 and 1."""
+    won, lost = int((after > before).sum()), int((after < before).sum())
     return won, lost, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
-def checked(folder: Path, seeds: Sequence[int]) -> list[str]:
-    """The table of the checkable instructions."""
-    before = Answered.read(folder / "before_instructions")
+def answers(folder: Path, what: str, seeds: Sequence[int], judges: tuple[str, str], stages: Sequence[str]) -> list[str]:
+    """The table of one set of held-out prompts: before training, and after each stage by seed.
+
+    Args:
+        folder: of the evaluations.
+        what: which prompts, as the names of the evaluations end.
+        seeds: of the runs.
+        judges: what the judge's and the gold judge's scores are.
+        stages: trained on prompts of that kind.
+    """
+    before = Answered.read(folder / f"before_{what}")
     if before is None:
         return []
     lines = [
-        "| model | all checks passed | paired difference | won / lost, p | share of checks | KL | tokens | ended |",
+        f"| model | {judges[0]} | paired difference | won / lost, p | {judges[1]} | KL | tokens | ended |",
         "|---|---|---|---|---|---|---|---|",
         f"| before | {before.score('judge')} | | | {before.score('gold')} | 0 | {before.size} |",
     ]
-    for stage in CHECKED:
-        for seed in seeds:
-            after = Answered.read(folder / f"{stage}_{seed}_instructions")
-            if after is not None:
-                won, lost, p = mcnemar(before.passed, after.passed)
-                difference = Estimate.bootstrap(after.passed - before.passed)
-                lines.append(
-                    f"| {stage}, seed {seed} | {after.score('judge')} | {difference} | {won} / {lost}, {p:.2g} | "
-                    f"{after.score('gold')} | {after.kl} | {after.size} |"
-                )
-    return lines
-
-
-def polite(folder: Path, seeds: Sequence[int]) -> list[str]:
-    """The table of the polite answers."""
-    before = Answered.read(folder / "before_polite")
-    if before is None:
-        return []
-    lines = [
-        "| model | reward model's score | paired difference | VADER | KL | tokens | ended |",
-        "|---|---|---|---|---|---|---|",
-        f"| before | {before.score('judge')} | | {before.score('gold')} | 0 | {before.size} |",
-    ]
-    for stage in POLITE:
-        for seed in seeds:
-            after = Answered.read(folder / f"{stage}_{seed}_polite")
-            if after is not None:
-                difference = Estimate.bootstrap(after.passed - before.passed)
-                lines.append(
-                    f"| {stage}, seed {seed} | {after.score('judge')} | {difference} | "
-                    f"{after.score('gold')} | {after.kl} | {after.size} |"
-                )
+    for stage, seed in product(stages, seeds):
+        after = Answered.read(folder / f"{stage}_{seed}_{what}")
+        if after is not None:
+            difference = Estimate.bootstrap(after.judged - before.judged)
+            won, lost, p = exact_test(before.judged, after.judged)
+            lines.append(
+                f"| {stage}, seed {seed} | {after.score('judge')} | {difference} | {won} / {lost}, {p:.2g} | "
+                f"{after.score('gold')} | {after.kl} | {after.size} |"
+            )
     return lines
 
 
@@ -159,7 +143,11 @@ def write(folder: Path, seeds: Sequence[int], to: Path) -> None:
         seeds: of the runs.
         to: where `results.md` and `checks.png` go.
     """
-    tables = (checked(folder, seeds), polite(folder, seeds), accuracies(folder))
+    tables = (
+        answers(folder, "instructions", seeds, ("all checks passed", "share of checks"), ("grpo", "ppo")),
+        answers(folder, "polite", seeds, ("reward model's score", "VADER"), ("dpo", "ppo_reward")),
+        accuracies(folder),
+    )
     text = "\n\n".join("\n".join(table) for table in tables if table) + "\n"
     to.mkdir(parents=True, exist_ok=True)
     (to / "results.md").write_text(text)

@@ -89,8 +89,8 @@ class Writer(LightningModule):
         named = self.sampling.max_new_tokens
         limit = min(self.sampling.limit, at_most or self.sampling.limit)
         if named is None:
-            rooms = [room(self.roles.policy, n) for n in lengths]
-            limits = [limit if left is None else min(limit, left) for left in rooms]
+            rooms = {n: room(self.roles.policy, n) for n in {*lengths}}  # each asks the model's config
+            limits = [limit if (left := rooms[n]) is None else min(limit, left) for n in lengths]
             if min(limits) < 1:
                 raise UserError(
                     f"{asked} has {lengths[row]} tokens, and leaves no room for a response in the model's context of "
@@ -102,7 +102,7 @@ class Writer(LightningModule):
                 f"model.sampling.max_new_tokens: after {asked} a response may reach {lengths[row] + limit} tokens, and "
                 f"the model's context is {context}; lower it, or data.max_length"
             )
-        crossing = [n for n in lengths if not leaves_room(self.roles.policy, n, limit)]
+        crossing = [n for n in {*lengths} if not leaves_room(self.roles.policy, n, limit)]
         if crossing:
             raise UserError(
                 f"model.sampling.max_new_tokens: after a prompt of {max(crossing)} tokens a response may reach "

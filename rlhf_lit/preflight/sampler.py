@@ -9,7 +9,7 @@ from rlhf_lit.algorithms.on_policy import OnPolicy
 from rlhf_lit.batches import Sequences
 from rlhf_lit.models.anatomy import stop_ids
 from rlhf_lit.preflight.check import Check
-from rlhf_lit.rollout.gap import MOST_TOKENS, allowed_gap, measured_gap
+from rlhf_lit.rollout.gap import MOST_TOKENS, allowed_gap, cure_of, measured_gap
 
 PROMPTS = 8
 
@@ -41,11 +41,11 @@ def sampler(module: Any, prompts: Sequences, at_most: int = MOST_TOKENS) -> Chec
 
 def own_distribution(module: Any, gap: float) -> Check:
     """The verdict on a gap between the two, in nats per token (``rollout.gap``)."""
-    learns, limit = isinstance(module, OnPolicy), allowed_gap(module.roles.policy, getattr(module, "vllm", None))
+    vllm = module.vllm
+    learns, limit = isinstance(module, OnPolicy), allowed_gap(module.roles.policy, vllm)
     found = f"its log-probs and those of the training forward {gap:.1g} apart, {limit:g} allowed"
     if gap <= limit:
         return Check("sampler", "ok", found)
     if learns:
-        advice = "its generation is broken (padding, cache or states), and no policy could learn from it: another model"
-        return Check("sampler", "failed", found, advice)
+        return Check("sampler", "failed", found, cure_of(vllm))
     return Check("sampler", "warning", found, "what this model generates is not its own: trust no sample, no win rate")

@@ -42,6 +42,13 @@ def allowed_gap(model: nn.Module, vllm: VLLM | None) -> float:
     return ALLOWED_IN_HALF if narrow else ALLOWED_IN_FULL
 
 
+def cure_of(vllm: VLLM | None) -> str:
+    """What to do about a sampler that is off."""
+    if vllm is None:
+        return "its generation is broken (padding, cache or states), and no policy could learn from it: another model"
+    return "vLLM computes another model than the one that trains: set model.vllm to null"
+
+
 def median_gap(samples: Samples, scored: Tensor) -> float:
     """The median |Δ log-prob| over all tokens of some responses; 0 where there are none. Arguments as of ``gap_of``.
 
@@ -65,13 +72,9 @@ def require_own_samples(gap: float, limit: float, number: int, vllm: VLLM | None
     """
     if gap <= limit:
         return
-    if vllm is None:
-        advice = "its generation is broken (padding, cache or states), and no policy could learn from it: another model"
-    else:
-        advice = "vLLM computes another model than the one that trains: set model.vllm to null"
     raise UserError(
         f"rollout {number}: the sampler's log-probs and those of the training forward are {gap:.2g} nats apart in the "
-        f"median token, and {limit:g} are allowed, so nothing is learnt from it; {advice}"
+        f"median token, and {limit:g} are allowed, so nothing is learnt from it; {cure_of(vllm)}"
     )
 
 

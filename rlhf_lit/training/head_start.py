@@ -19,8 +19,8 @@ from rlhf_lit.errors import say
 from rlhf_lit.parallel.sharding import sharding_of
 
 HeadStart = Literal["scaled", "seed"]
-ROWS = 16  # the first training rows, as far as they keep to
-TOKENS = 2048
+ROWS = 16  # at most, of the first training rows
+TOKENS = 2048  # of theirs together, at most
 
 
 def first_rows(module: Any) -> Sequence[Any]:

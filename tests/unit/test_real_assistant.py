@@ -150,11 +150,11 @@ def test_every_stage_is_one_that_fit_accepts(name, monkeypatch, tmp_path):
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_mcnemar_counts_the_prompts_that_changed():
+def test_the_exact_test_counts_the_prompts_that_changed():
     """9 won and 1 lost of 10 that changed: p = 2·(1 + 10)/2¹⁰."""
     before, after = np.array([0.0] * 9 + [1.0] + [1.0] * 5), np.array([1.0] * 9 + [0.0] + [1.0] * 5)
-    assert results.mcnemar(before, after) == (9, 1, pytest.approx(22 / 1024))
-    assert results.mcnemar(before, before) == (0, 0, 1.0)
+    assert results.exact_test(before, after) == (9, 1, pytest.approx(22 / 1024))
+    assert results.exact_test(before, before) == (0, 0, 1.0)
 
 
 def evaluation(folder: Path, scores: list[float], kl: float | None) -> None:
