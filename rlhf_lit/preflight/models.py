@@ -258,11 +258,11 @@ def reference_stays(roles: Roles, compare: Callable[[], Comparison], mask: Tenso
         kind = "a frozen adapter"
     else:
         kind = "adapters off"
+    before = compare()
+    sharding_of(roles).reshard()  # before the weight is looked up: a gathered one would be moved in vain, or be freed
     parameter = _lever(roles)
     if parameter is None:
         return Check("reference", "skipped", f"{kind}; nothing of the policy trains")
-    before = compare()
-    sharding_of(roles).reshard()  # a weight that is gathered would be moved in vain
     with _moved(roles, parameter):
         after = compare()
     policy, reference = (

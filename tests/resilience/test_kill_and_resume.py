@@ -20,7 +20,7 @@ SEED = 20_260_801  # of the steps at which runs are killed
 
 STEPS, EPOCH, ROLLOUT = 24, 12, 4  # PPO's and GRPO's: of the run, of one pass over the prompts, of one whole rollout
 WARMUP = 3
-MAX_UPDATE_KL = 0.02
+MAX_UPDATE_KL = 0.05
 
 
 def letters(prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
